@@ -1,0 +1,122 @@
+"""Text to WAV with a trained FlashAudio.
+
+    python sample.py "a bell followed by rain"                    the newest distilled model under out/, one step
+    python sample.py --model out/toy/rf2 --steps 4 --n 3 "rain"   another stage, four steps, three takes
+    python sample.py --file prompts.txt --out samples             one prompt per line
+
+Writes <out>/<prompt>-<take>.wav (16 bit, 16 kHz) and a picture of its mel spectrogram, and prints a line for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+
+def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompts", nargs="*", help="what to hear")
+    parser.add_argument("--file", type=Path, help="read prompts from a text file, one per line")
+    parser.add_argument("--model", default="", help="folder of a stage, or a hub id [the newest out/*/distill]")
+    parser.add_argument("--steps", type=int, default=1, help="Euler steps [1]")
+    parser.add_argument("--guidance", type=float, default=1.0, help="ω; 1 is none, more doubles the NFE [1]")
+    parser.add_argument("--n", type=int, default=1, help="takes per prompt [1]")
+    parser.add_argument("--seconds", type=float, help="length in seconds [that of the training clips]")
+    parser.add_argument("--seed", type=int, default=0, help="take k of a prompt has the noise of seed + k [0]")
+    parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to [samples]")
+    parser.add_argument("--batch_size", type=int, default=16, help="clips made at once [16]")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto is cuda where there is one [auto]")
+    parser.add_argument("--vocoder", default="griffin-lim", help="mel to waveform [griffin-lim]")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    FLAGS = parse_flags()               # before the heavy imports: --help and a mistyped flag answer at once
+
+import time
+
+import numpy as np
+import torch
+from scipy.io import wavfile
+
+import flashaudio as fa
+from flashaudio import FlashAudio, InputError
+
+
+def newest_model() -> Path:
+    found = sorted(Path("out").glob("*/distill/model.safetensors"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise InputError("there is no distilled model under out/ yet: run `python train.py`, or name one with --model")
+    return found[-1].parent
+
+
+def check(flags: argparse.Namespace) -> list[str]:
+    """The prompts; raises InputError for what cannot be meant."""
+    prompts = list(flags.prompts)
+    if flags.file:
+        if not flags.file.is_file():
+            raise InputError(f"{flags.file}: no such file of prompts")
+        try:
+            prompts += flags.file.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as e:
+            raise InputError(f"{flags.file}: not a text file in UTF-8") from e
+    prompts = [p.strip() for p in prompts if p.strip()]
+    if not prompts:
+        raise InputError('there is nothing to make: give a prompt, such as "a bell followed by rain"')
+    for name in ("steps", "n", "batch_size"):
+        if getattr(flags, name) < 1:
+            raise InputError(f"--{name} is {getattr(flags, name)}, must be at least 1")
+    if flags.seconds is not None and not 0 < flags.seconds < 3600:
+        raise InputError(f"--seconds is {flags.seconds:g}, must be above 0")
+    return prompts
+
+
+def save_picture(path: Path, mel: np.ndarray, title: str) -> None:
+    """log10 mel (80, T) -> PNG, with time in seconds and frequency in mel bands."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(5, 2.4), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(mel, origin="lower", aspect="auto", vmin=-4, vmax=1, cmap="magma",
+                        extent=(0, mel.shape[1] * fa.HOP / fa.SAMPLE_RATE, 0, mel.shape[0]))
+    axes.set(xlabel="time (s)", ylabel="mel band")
+    axes.set_title(title if len(title) < 64 else title[:61] + "...", fontsize=9, parse_math=False)
+    figure.colorbar(image, label="log10 magnitude")
+    figure.savefig(path)
+
+
+def file_name(prompt: str) -> str:
+    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "sample"
+
+
+def main(flags: argparse.Namespace) -> None:
+    prompts, source = check(flags), flags.model or newest_model()
+    vocoder, model = fa.load_vocoder(flags.vocoder), FlashAudio.from_pretrained(source, fa.find_device(flags.device))
+    flags.out.mkdir(parents=True, exist_ok=True)
+    nfe = flags.steps * (1 if flags.guidance == 1 else 2)
+    takes = [(prompt, k) for prompt in dict.fromkeys(prompts) for k in range(flags.n * prompts.count(prompt))]
+    print(f"{source}, {flags.steps} step{'s' * (flags.steps > 1)}, ω {flags.guidance:g}, seed {flags.seed}")
+    for i in range(0, len(takes), flags.batch_size):
+        batch = takes[i:i + flags.batch_size]
+        shape = model.latent_shape(flags.seconds)
+        z0 = torch.cat([model.noise([prompt], flags.seed + k, shape) for prompt, k in batch])
+        began = time.perf_counter()
+        wavs = model.generate([p for p, _ in batch], flags.steps, flags.guidance, z0=z0, vocoder=vocoder).cpu()
+        elapsed = (time.perf_counter() - began) / len(batch)
+        for (prompt, k), wav in zip(batch, wavs):
+            path = flags.out / f"{file_name(prompt)}-{k}.wav"
+            wavfile.write(path, fa.SAMPLE_RATE, (wav.numpy() * 32767).round().astype(np.int16))
+            save_picture(path.with_suffix(".png"), fa.mel_spectrogram(wav[None])[0].numpy(), prompt)
+            seconds = len(wav) / fa.SAMPLE_RATE
+            print(f"{path}  {seconds:.2f} s of audio in {1000 * elapsed:.0f} ms, {seconds / elapsed:.0f} x real time, NFE {nfe}")
+
+
+if __name__ == "__main__":
+    try:
+        main(FLAGS)
+    except (InputError, OSError) as e:
+        print(f"sample.py: {e}", file=sys.stderr)
+        sys.exit(2)

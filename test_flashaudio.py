@@ -1,0 +1,507 @@
+"""Tests by value: closed forms, brute force, the public fixtures, and the two scripts run as a person runs them.
+
+    python -m pytest -q
+"""
+
+import csv
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from scipy.io import wavfile
+from torch import nn
+
+import flashaudio as fa
+from flashaudio import DiT, DiTConfig, FlashAudio, FlashAudioConfig, InputError, MelVAE, TextConfig, VAEConfig
+
+ROOT = Path(__file__).resolve().parent
+PARITY = ROOT.parent / "shared" / "parity"
+public_fixtures = pytest.mark.skipif(not PARITY.is_dir(), reason="the public fixtures are not here")
+TINY = FlashAudioConfig(VAEConfig(channels=32, channel_mult=(1, 1), res_blocks=1), DiTConfig(context_dim=32, hidden_size=32,
+                        num_heads=2, depth=1, max_len=64), TextConfig(max_length=32, layers=1, heads=2), frames=32)
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def tiny_model(seed: int = 0) -> FlashAudio:
+    """A small FlashAudio whose output is not zero, as that of an untrained one would be."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = FlashAudio(TINY).eval()
+        for p in model.dit.parameters():
+            nn.init.normal_(p, std=0.2)
+    return model
+
+
+class MLP(nn.Module):
+    """A velocity field over points (B, D) that ignores the context."""
+
+    def __init__(self, dim: int, width: int = 64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(dim + 1, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, dim))
+
+    def forward(self, z, t, context):
+        return self.layers(torch.cat([z, t[:, None]], 1))
+
+
+def fit(model: nn.Module, loss_of, steps: int, lr: float = 3e-3) -> nn.Module:
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(rng(step)).backward()
+        optimizer.step()
+        schedule.step()
+    return model.requires_grad_(False)
+
+
+# ---- timesteps --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mean, std", [(0.0, 1.0), (-0.5, 1.0), (0.5, 0.7)])
+def test_logit_normal_follows_its_cdf(mean, std):
+    t = fa.logit_normal(20_000, mean, std, rng()).double().numpy()
+    assert stats.kstest(t, lambda x: stats.norm.cdf((np.log(x / (1 - x)) - mean) / std)).pvalue > 0.01
+
+
+@pytest.mark.parametrize("a", [1.0, 2.0, 4.0])
+def test_mix_exp_follows_its_cdf_and_is_symmetric(a):
+    t = fa.mix_exp(20_000, a, rng()).double().numpy()
+    cdf = lambda x: 0.5 + (np.exp(a * x) - np.exp(a * (1 - x))) / (2 * (np.exp(a) - 1))     # integral of Eq. 8
+    assert cdf(0.0) == pytest.approx(0) and cdf(1.0) == pytest.approx(1)
+    assert stats.kstest(t, cdf).pvalue > 0.01
+    assert stats.ks_2samp(t, 1 - fa.mix_exp(20_000, a, rng(1)).double().numpy()).pvalue > 0.01
+    assert 0 <= t.min() and t.max() <= 1
+
+
+def test_uniform_follows_its_cdf():
+    assert stats.kstest(fa.uniform(20_000, rng()).double().numpy(), "uniform").pvalue > 0.01
+
+
+# ---- immiscible pairing -----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 6])
+def test_pairing_equals_brute_force(size):
+    z1, z0 = torch.randn(size, 3, 4, generator=rng(size)), torch.randn(size, 3, 4, generator=rng(size + 10))
+    before = z1.clone()
+    paired = fa.immiscible_pairing(z1, z0)
+    total = lambda noise: (z1 - noise).flatten(1).norm(dim=1).sum().item()
+    assert total(paired) == pytest.approx(min(total(z0[list(p)]) for p in itertools.permutations(range(size))), abs=1e-5)
+    assert torch.equal(paired.flatten(1).sort(0).values, z0.flatten(1).sort(0).values)      # the same noises
+    assert torch.equal(z1, before)                                                          # data stay with their captions
+
+
+# ---- losses -----------------------------------------------------------------------------------------------------------------
+
+def test_losses_are_zero_at_the_true_velocity_and_right_elsewhere():
+    z1, z0, t = torch.randn(5, 2, 3, generator=rng()), torch.randn(5, 2, 3, generator=rng(1)), torch.rand(5, generator=rng(2))
+    assert fa.rectified_flow_loss(lambda z, s, c: z1 - z0, z1, z0, t, None).item() == 0
+    assert fa.distill_loss(lambda z, s, c: z1 - z0, z1, z0, None).item() == 0
+    assert fa.rectified_flow_loss(lambda z, s, c: 0 * z, z1, z0, t, None).item() == pytest.approx((z1 - z0).pow(2).mean().item())
+    seen = []
+    fa.rectified_flow_loss(lambda z, s, c: seen.append((z, s)) or z, z1, z0, t, None, sigma_min=0.1)
+    torch.testing.assert_close(seen[0][0], (1 - 0.9 * t.view(5, 1, 1)) * z0 + t.view(5, 1, 1) * z1)
+    fa.distill_loss(lambda z, s, c: seen.append((z, s)) or z, z1, z0, None)
+    assert torch.equal(seen[1][0], z0) and torch.equal(seen[1][1], torch.zeros(5))
+
+
+def test_a_gaussian_flow_learns_the_analytic_velocity():
+    mean, std = 2.0, 0.5
+
+    def loss_of(g):
+        z0, z1 = torch.randn(512, 1, generator=g), mean + std * torch.randn(512, 1, generator=g)
+        return fa.rectified_flow_loss(model, z1, z0, fa.uniform(512, g), None)
+
+    model = fit(MLP(1), loss_of := loss_of, 1) if False else MLP(1)
+    fit(model, loss_of, 1500)
+    t = torch.linspace(0.02, 0.98, 25).repeat_interleave(9)
+    variance = (1 - t) ** 2 + t ** 2 * std ** 2
+    z = t * mean + variance.sqrt() * torch.linspace(-1.5, 1.5, 9).repeat(25)
+    exact = mean + (t * std ** 2 - (1 - t)) / variance * (z - t * mean)                     # E[z1 - z0 | z_t = z]
+    assert (model(z[:, None], t, None)[:, 0] - exact).abs().mean() < 0.06
+    samples = fa.euler_sample(model, torch.randn(4000, 1, generator=rng(7)), torch.empty(4000), steps=50)
+    assert samples.mean().item() == pytest.approx(mean, abs=0.05) and samples.std().item() == pytest.approx(std, abs=0.05)
+
+
+def test_reflow_straightens_and_makes_one_step_good():
+    """Two noise blobs' worth of crossing paths in 2-D: the classic picture of rectified flow."""
+    def data(n, g):
+        corner = torch.randint(4, (n,), generator=g)
+        centre = torch.stack([(corner % 2) * 6.0 - 3, (corner // 2) * 6.0 - 3], 1)
+        return centre + 0.3 * torch.randn(n, 2, generator=g)
+
+    def first(g):
+        return fa.rectified_flow_loss(flow, data(512, g), torch.randn(512, 2, generator=g), fa.uniform(512, g), None)
+
+    flow = MLP(2)
+    fit(flow, first, 1500)
+    noise = torch.randn(8192, 2, generator=rng(1))
+    ends = fa.make_couplings(flow, noise, torch.empty(8192), None, steps=100)
+
+    def second(g):
+        rows = torch.randint(8192, (512,), generator=g)
+        return fa.rectified_flow_loss(reflow, ends[rows], noise[rows], fa.mix_exp(512, 4.0, g), None)
+
+    reflow = MLP(2)
+    reflow.load_state_dict(flow.state_dict())
+    fit(reflow.requires_grad_(True), second, 3000)
+    fresh = torch.randn(2000, 2, generator=rng(2))
+
+    def paths(model, steps):
+        return fa.euler_sample(model, fresh, torch.empty(2000), steps=steps, return_trajectory=True)
+
+    def one_step_error(model):
+        return (paths(model, 1)[-1] - paths(model, 100)[-1]).pow(2).sum(1).mean().item()
+
+    assert fa.straightness(paths(reflow, 100)) < 0.1 * fa.straightness(paths(flow, 100))
+    assert one_step_error(reflow) < 0.1 * one_step_error(flow)
+
+
+# ---- sampling ---------------------------------------------------------------------------------------------------------------
+
+def test_guidance_one_is_the_conditional_velocity_and_others_extrapolate():
+    model, z, t = tiny_model(), torch.randn(3, 20, 16, generator=rng()), torch.tensor([0.1, 0.5, 0.9])
+    context, null = model.text(["a", "b", "c"]).detach(), model.text(["", "", ""]).detach()
+    cond, uncond = model.dit(z, t, context), model.dit(z, t, null)
+    assert torch.equal(fa.guided_velocity(model.dit, z, t, context, null, 1.0), cond)
+    torch.testing.assert_close(fa.guided_velocity(model.dit, z, t, context, null, 3.0), uncond + 3 * (cond - uncond))
+    assert (cond - uncond).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("steps", [1, 3, 24])
+def test_euler_is_exact_for_a_constant_velocity(steps):
+    z0, v = torch.randn(2, 3, 4, generator=rng()), torch.randn(2, 3, 4, generator=rng(1))
+    torch.testing.assert_close(fa.euler_sample(lambda z, t, c: v, z0, torch.empty(2), steps=steps), z0 + v)
+
+
+def test_euler_is_first_order():
+    z0 = torch.ones(1, 1, dtype=torch.float64)
+    error = [abs(fa.euler_sample(lambda z, t, c: t * z, z0, torch.empty(1), steps=n).item() - math.exp(0.5)) for n in (50, 100, 200)]
+    assert error[0] / error[1] == pytest.approx(2, abs=0.1) and error[1] / error[2] == pytest.approx(2, abs=0.05)
+
+
+def test_straightness_of_straight_and_curved_paths():
+    a, b = torch.randn(4, 3, generator=rng()), torch.randn(4, 3, generator=rng(1))
+    t = torch.linspace(0, 1, 201)[:, None, None]
+    assert fa.straightness(a + t * b) == pytest.approx(0, abs=1e-4)
+    curved = t * a + t * (1 - t) * b                                            # dZ/dt - (Z1 - Z0) = (1 - 2t) b
+    assert fa.straightness(curved) == pytest.approx(b.pow(2).sum(1).mean().item() / 3, rel=1e-3)
+    ratio = b.pow(2).sum(1).mean() / 3 / a.pow(2).sum(1).mean()
+    assert fa.straightness(curved, relative=True) == pytest.approx(ratio.item(), rel=1e-3)
+
+
+def test_anchored_loss_is_zero_at_the_anchor_and_moves_the_null_context_alone():
+    model, z, t = tiny_model(), torch.randn(2, 20, 16, generator=rng()), torch.tensor([0.2, 0.2])
+    context, null = model.text(["rain", "a bell"]).detach(), model.text(["", ""]).detach().requires_grad_(True)
+    v = model.dit(z, t, context).detach()
+    assert fa.anchored_cfg_loss(z + 0.1 * v, z, v, v, 5.0, 0.1).abs().max() < 1e-12
+    model.requires_grad_(False)
+    loss = fa.anchored_cfg_loss(z + 0.1 * v, z, v, model.dit(z, t, null), 5.0, 0.1)
+    v_null = model.dit(z, t, null).detach()
+    torch.testing.assert_close(loss, (0.1 * 4 * (v - v_null)).pow(2).flatten(1).mean(1))    # ((ω - 1)(v_c - v_∅) dt)²
+    loss.sum().backward()
+    assert null.grad.abs().sum() > 0 and all(p.grad is None for p in model.parameters())
+
+
+def test_anchoring_approaches_the_unguided_path_and_stops_early():
+    model = tiny_model().requires_grad_(False)
+    z0, context, null = torch.randn(2, 20, 16, generator=rng()), model.text(["rain", "a bell"]), model.text(["", ""])
+    calls = []
+
+    def counted(z, t, c):
+        calls.append(c)
+        return model.dit(z, t, c)
+
+    plain = fa.euler_sample(model.dit, z0, context, steps=4)
+    guided = fa.euler_sample(model.dit, z0, context, null, 4, 5.0)
+    never = fa.anchored_sample(counted, z0, context, null, 4, 5.0, anchor_steps=10, tolerance=1e9)
+    assert len(calls) == 4 + 4 * 3                  # the anchor; then per step v_c, one look at the loss, and v_∅
+    torch.testing.assert_close(never, guided)       # stopped before the first iteration: plain guidance
+    distance = [(fa.anchored_sample(model.dit, z0, context, null, 4, 5.0, n, lr=0.05, tolerance=0.0) - plain).norm().item()
+                for n in (3, 30)]
+    assert distance[1] < distance[0] < (guided - plain).norm().item()
+    alone = fa.anchored_sample(model.dit, z0[:1], context[:1], null[:1], 4, 5.0, 5, tolerance=1e-4)
+    both = fa.anchored_sample(model.dit, z0, context, null, 4, 5.0, 5, tolerance=1e-4)
+    torch.testing.assert_close(alone, both[:1], atol=1e-4, rtol=1e-4)           # each sample stops by itself
+    torch.testing.assert_close(fa.make_couplings(model.dit, z0, context, null, 4, 5.0, 0), guided)
+    torch.testing.assert_close(fa.make_couplings(model.dit, z0, context, null, 4, 1.0, 10), plain)
+
+
+# ---- measuring --------------------------------------------------------------------------------------------------------------
+
+def test_frechet_distance_of_gaussians():
+    def sample(mean, root, n=400):
+        x = torch.randn(n, 3, generator=rng(), dtype=torch.float64)
+        x = x - x.mean(0)
+        x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T            # mean 0 and covariance 1, exactly
+        return x @ root.T + mean
+
+    m1, m2 = torch.tensor([0.0, 1, 2]).double(), torch.tensor([1.0, 1, 0]).double()
+    s1, s2 = torch.tensor([1.0, 2, 3]).double(), torch.tensor([2.0, 2, 0.5]).double()
+    expected = (m1 - m2).pow(2).sum() + (s1 - s2).pow(2).sum()                  # diagonal covariances commute
+    assert fa.frechet_distance(sample(m1, s1.diag()), sample(m2, s2.diag())) == pytest.approx(expected.item(), rel=1e-9)
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=rng(1)).double())[0]     # general ones, against scipy
+    from scipy.linalg import sqrtm
+    a, b = turn @ s1.diag(), s2.diag()
+    c1, c2 = (a @ a.T).numpy(), (b @ b.T).numpy()
+    expected = (m1 - m2).pow(2).sum().item() + np.trace(c1 + c2 - 2 * sqrtm(c1 @ c2).real)
+    assert fa.frechet_distance(sample(m1, a), sample(m2, b)) == pytest.approx(expected, rel=1e-8)
+
+
+def test_kl_divergence_and_clap_score():
+    p, q = torch.tensor([[0.5, 0.5], [0.9, 0.1]]), torch.tensor([[0.25, 0.75], [0.9, 0.1]])
+    expected = 0.5 * (0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75))
+    assert fa.kl_divergence(p.log(), q.log()) == pytest.approx(expected, rel=1e-5)
+    assert fa.clap_score(torch.tensor([[1.0, 0], [0, 2]]), torch.tensor([[3.0, 0], [1, 1]])) == pytest.approx((1 + 0.5 ** 0.5) / 2)
+
+
+# ---- the model --------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("preset, dit", [("small", 73_880_788), ("base", 197_940_244), ("large", 429_363_860)])
+def test_parameter_counts(preset, dit):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in DiT(fa.PRESETS[preset].dit).parameters()) == dit
+        assert sum(p.numel() for p in MelVAE(fa.PRESETS[preset].vae).parameters()) == 212_958_212
+
+
+def test_an_untrained_backbone_returns_zero():
+    assert DiT(TINY.dit)(torch.randn(2, 20, 16), torch.rand(2), torch.randn(2, 8, 32)).abs().max() == 0
+
+
+def test_generate_is_reproducible_and_independent_of_the_batch(tmp_path):
+    model = tiny_model()
+    state = torch.get_rng_state()
+    wav = model.generate(["rain", "a bell", "rain"], seed=3)
+    assert torch.equal(state, torch.get_rng_state())                            # the global generator is left alone
+    assert wav.shape == (3, 32 * 256) and wav.dtype == torch.float32 and wav.abs().max() <= 1
+    assert torch.equal(wav, model.generate(["rain", "a bell", "rain"], seed=3))
+    assert (wav - model.generate(["rain", "a bell", "rain"], seed=9)).abs().max() > 1e-3
+    assert (wav[0] - wav[2]).abs().max() > 1e-3                                 # a second take of the same prompt
+    torch.testing.assert_close(wav[1:2], model.generate(["a bell"], seed=3), atol=1e-3, rtol=0)
+    context = model.text(["rain", "a bell"])
+    z0 = torch.randn(2, 20, 16, generator=rng())
+    torch.testing.assert_close(model.generate(context, 4, 2.0, z0=z0), model.generate(["rain", "a bell"], 4, 2.0, z0=z0))
+    assert model.generate(["rain"], seconds=0.5).shape == (1, 32 * 256 // 32 * 32)
+    with pytest.raises(InputError, match="too long"):
+        model.generate(["rain"], seconds=60)
+
+
+def test_save_and_load_give_identical_samples(tmp_path):
+    model = tiny_model()
+    model.scale_factor.fill_(0.7)
+    model.save_pretrained(tmp_path / "m", stage="rf2")
+    again = FlashAudio.from_pretrained(tmp_path / "m")
+    assert again.config == model.config and json.loads((tmp_path / "m/config.json").read_text())["stage"] == "rf2"
+    assert torch.equal(model.generate(["rain"], 2, 3.0, seed=0), again.generate(["rain"], 2, 3.0, seed=0))
+    (tmp_path / "m/model.safetensors").write_bytes(b"not a model")
+    with pytest.raises(InputError, match="not a readable model"):
+        FlashAudio.from_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match="missing"):
+        FlashAudio.from_pretrained(tmp_path)
+
+
+def test_griffin_lim_keeps_the_mel_the_length_and_the_timing():
+    t = torch.arange(32 * 256) / fa.SAMPLE_RATE
+    wav = (0.3 * torch.sin(2 * math.pi * 700 * t) * (t > 0.25) * (t < 0.4))[None]
+    mel = fa.mel_spectrogram(wav)
+    back = fa.griffin_lim(mel)
+    assert back.shape == wav.shape
+    loud = mel > -2
+    assert (fa.mel_spectrogram(back) - mel)[loud].abs().mean() < 0.1            # log10 units: 2 dB
+    centre = lambda x: (x ** 2 * t).sum() / (x ** 2).sum()                      # seconds
+    assert abs(centre(back[0]) - centre(wav[0])) < 0.002
+
+
+def test_text_is_bytes_and_the_null_context_is_that_of_the_empty_caption():
+    model = tiny_model()
+    ids = model.text.tokenize(["aé", "", "x" * 100])
+    assert ids.shape == (3, 32) and ids[0, :4].tolist() == [97 + 3, 0xC3 + 3, 0xA9 + 3, 1] and ids[1].tolist() == [1] + [0] * 31
+    torch.testing.assert_close(model.text(["rain", ""])[1:], model.text([""]))
+
+
+# ---- reading audio ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int32, np.float32, np.float64])
+def test_load_audio_reads_every_width(tmp_path, dtype):
+    x = 0.5 * np.sin(2 * np.pi * 440 * np.arange(8000) / 16000)
+    data = {np.uint8: x * 128 + 128, np.int16: x * 32768, np.int32: x * 2**31}.get(dtype, x).astype(dtype)
+    wavfile.write(tmp_path / "x.wav", 16000, data)
+    assert (fa.load_audio(tmp_path / "x.wav") - torch.from_numpy(x)).abs().max() < (0.01 if dtype is np.uint8 else 1e-4)
+
+
+def test_load_audio_mixes_resamples_repeats_and_cuts(tmp_path):
+    x = 0.5 * np.sin(2 * np.pi * 440 * np.arange(44100) / 44100)
+    wavfile.write(tmp_path / "x.wav", 44100, np.stack([x, 0 * x], 1).astype(np.float32))
+    wav = fa.load_audio(tmp_path / "x.wav")
+    assert len(wav) == 16000
+    exact = 0.25 * torch.sin(2 * math.pi * 440 * torch.arange(16000) / 16000)
+    assert (wav - exact)[200:-200].abs().max() < 2e-3
+    long = fa.load_audio(tmp_path / "x.wav", 40000)
+    assert torch.equal(long[:16000], wav) and torch.equal(long[16000:32000], wav) and torch.equal(long[32000:], wav[:8000])
+    assert torch.equal(fa.load_audio(tmp_path / "x.wav", 100), wav[:100])
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF", b"not a wav at all", "header only", "nan"])
+def test_load_audio_says_in_one_line_what_is_wrong(tmp_path, content):
+    path = tmp_path / "bad.wav"
+    if content == "header only":
+        wavfile.write(path, 16000, np.zeros(0, np.int16))
+    elif content == "nan":
+        wavfile.write(path, 16000, np.full(100, np.nan, np.float32))
+    else:
+        path.write_bytes(content)
+    with pytest.raises(InputError) as e:
+        fa.load_audio(path)
+    assert "bad.wav" in str(e.value) and "\n" not in str(e.value)
+
+
+# ---- the public fixtures ----------------------------------------------------------------------------------------------------
+
+def fixture(name: str) -> dict:
+    from safetensors.torch import load_file
+    return load_file(PARITY / f"{name}.safetensors")
+
+
+def assert_parity(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    assert (ours - theirs).abs().max().item() < 1e-5
+
+
+@public_fixtures
+@torch.no_grad()
+def test_parity_vae():
+    io, vae = fixture("vae_io"), MelVAE(VAEConfig(channels=32, channel_mult=(1, 2, 2)))
+    vae.load_state_dict(fixture("vae_weights"))
+    mean, logvar = vae.encode(io["mel"])
+    assert_parity(mean, io["mean"])
+    assert_parity(logvar, io["logvar"])
+    assert_parity(vae.decode(io["z"]), io["decoded"])
+    assert_parity(vae.decode(mean), io["reconstruction_from_mean"])
+
+
+def public_dit() -> DiT:
+    dit = DiT(DiTConfig(context_dim=48, hidden_size=64, num_heads=4, depth=2))
+    dit.load_state_dict(fixture("dit_weights"))
+    return dit
+
+
+@public_fixtures
+@torch.no_grad()
+def test_parity_dit():
+    io, dit = fixture("dit_io"), public_dit()
+    assert_parity(dit(io["x"], io["t"] / 1000, io["context"]), io["v"])
+    assert_parity(dit(io["x"], io["t_frac"] / 1000, io["context"]), io["v_frac"])
+
+
+@public_fixtures
+@torch.no_grad()
+def test_parity_sampler_and_training_objective():
+    io, dit = fixture("cfm_io"), public_dit()
+    public = {"integer_time": True}
+    assert_parity(fa.euler_sample(dit, io["x0"], io["cond"], io["uncond"], 4, 3.0, True, **public), io["trajectory"])
+    assert_parity(fa.euler_sample(dit, io["x0"], io["cond"], steps=4, **public), io["final_no_cfg"])
+    assert_parity(fa.euler_sample(dit, io["x0"], io["cond"], io["uncond"], 25, 3.0, **public), io["final_26_points"])
+    loss = fa.rectified_flow_loss(dit, io["train_x1"], io["train_noise"], io["train_t"] / 1000, io["cond"], sigma_min=1e-4)
+    assert_parity(loss, io["train_loss"])
+
+
+PARITY_MEL = """
+import torch, flashaudio as fa
+from safetensors.torch import load_file
+io = load_file(r"{path}")
+mel = fa.mel_spectrogram(io["wav"])
+print((mel - io["logmel"]).abs().max().item(), (10 ** mel - 10 ** io["logmel"]).abs().max().item())
+"""
+
+
+@public_fixtures
+def test_parity_mel():
+    """Near the floor of -5, log10 shows the rounding of the FFT itself (4e-3 between two code paths of one library), so the
+    logarithms are compared under the FFT's portable code path, and the magnitudes under whatever this machine uses."""
+    script = PARITY_MEL.format(path=PARITY / "mel_io.safetensors")
+    portable, native = ([float(x) for x in subprocess.run([sys.executable, "-c", script], cwd=ROOT, env={**os.environ, **env},
+                        capture_output=True, text=True, check=True).stdout.split()] for env in ({"MKL_CBWR": "COMPATIBLE"}, {}))
+    assert native[1] < 1e-5
+    if torch.backends.mkl.is_available():
+        assert portable[0] < 1e-5
+    io = fixture("mel_io")
+    assert_parity(fa.mel_basis(), io["mel_basis"])
+
+
+# ---- the scripts ------------------------------------------------------------------------------------------------------------
+
+def run(*command, cwd=ROOT, **env) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True)
+
+
+def write_clips(folder: Path, n: int = 6, samples: int = 20_000) -> Path:
+    """A manifest of n tones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [("audio_path", "caption")]
+    for i in range(n):
+        x = 0.5 * np.sin(2 * np.pi * (200 + 150 * i) * np.arange(samples) / 16000)
+        wavfile.write(folder / f"{i}.wav", 16000, (x * 32767).astype(np.int16))
+        rows.append((f"{i}.wav", f"tone number {i}"))
+    with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows(rows)
+    return folder / "manifest.csv"
+
+
+QUICK = ["--batch_size", 4, "--vae_steps", 4, "--cfm_steps", 4, "--rf1_steps", 3, "--rf2_steps", 3, "--distill_steps", 3,
+         "--couplings", 6, "--coupling_steps", 2, "--anchor_steps", 1, "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run of all stages on six tones, a few steps each."""
+    folder = tmp_path_factory.mktemp("run")
+    done = run("train.py", "--data", write_clips(folder / "clips"), "--out", folder / "out", *QUICK)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_train_runs_every_stage(trained):
+    results = json.loads((trained / "out/results.json").read_text())
+    assert [(r["model"], r["steps"], r["guidance"], r["nfe"]) for r in results["rows"]] == [
+        ("real", None, None, None), ("vae", None, None, None),
+        ("cfm", 1, 1.0, 1), ("cfm", 4, 1.0, 4), ("cfm", 24, 1.0, 24), ("cfm", 24, 3.0, 48),
+        *((m, s, 1.0, s) for m in ("rf1", "rf2") for s in (1, 4, 24)), ("distill", 1, 1.0, 1)]
+    assert results["rows"][0]["accuracy"] == 1.0 and results["rows"][0]["fd"] == pytest.approx(0, abs=1e-6)
+    assert all(math.isfinite(r["fd"]) and r["clips"] == 6 for r in results["rows"])
+    assert {"rows", "config", "seed", "hardware", "seconds"} <= set(results)
+    for stage in ("vae", "cfm", "rf1", "rf2", "distill"):
+        FlashAudio.from_pretrained(trained / "out" / stage)
+
+
+def test_train_skips_what_is_done_and_refuses_other_settings(trained):
+    weights = trained / "out/distill/model.safetensors"
+    before = weights.stat().st_mtime_ns
+    common = ("train.py", "--data", trained / "clips/manifest.csv", "--out", trained / "out")
+    again = run(*common, *QUICK)
+    assert again.returncode == 0 and again.stdout.count("done already") == 5 and weights.stat().st_mtime_ns == before
+    other = run(*common, *QUICK, "--lr", 0.5)
+    assert other.returncode == 2 and "other settings" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_sample_writes_wavs_and_pictures(trained, tmp_path):
+    model = ("--model", trained / "out/distill")
+    done = run("sample.py", *model, "tone number 1", "tone number 2", "--n", 2, "--out", tmp_path / "a", "--seed", 5)
+    assert done.returncode == 0, done.stderr
+    names = sorted(p.name for p in (tmp_path / "a").iterdir())
+    assert names == sorted(f"tone-number-{i}-{k}.{e}" for i in (1, 2) for k in (0, 1) for e in ("wav", "png"))
+    assert done.stdout.count("NFE 1") == 4 and "x real time" in done.stdout
+    rate, wav = wavfile.read(tmp_path / "a/tone-number-2-1.wav")
+    assert rate == 16000 and wav.dtype == np.int16 and wav.shape == (32768,)
+    run("sample.py", *model, "tone number 2", "--n", 2, "--out", tmp_path / "b", "--seed", 5)
+    assert np.abs(wavfile.read(tmp_path / "b/tone-number-2-1.wav")[1].astype(int) - wav).max() <= 3     # of 32767
+    run("sample.py", *model, "tone number 2", "--n", 2, "--out", tmp_path / "c", "--seed", 7)
+    assert np.abs(wavfile.read(tmp_path / "c/tone-number-2-1.wav")[1].astype(int) - wav).max() > 3

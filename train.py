@@ -1,0 +1,564 @@
+"""Train FlashAudio, all of Algorithm 1:  vae -> cfm -> rf1 -> rf2 -> distill -> eval.
+
+    python train.py                                       the toy preset on sounds it makes itself, on a CPU in minutes
+    python train.py --data my/manifest.csv --out out/my   your own sounds: a CSV with the columns audio_path,caption
+
+Each stage leaves a loadable model in <out>/<stage>. A run that was interrupted continues when its command is repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache, partial
+from pathlib import Path
+
+STAGES = ("vae", "cfm", "rf1", "rf2", "distill", "eval")
+
+
+def flag(default, text: str, **more):
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class Flags:
+    """The command line. Defaults are the toy recipe; RECIPES holds what the other presets change."""
+    preset: str = flag("toy", "size of the model", choices=("toy", "small", "base", "large"))
+    data: str = flag("toy", "manifest: a CSV with the columns audio_path,caption[,split]; 'toy' makes its own sounds")
+    out: str = flag("", "folder of the run (default out/<preset>)")
+    stage: str = flag("all", "one stage to run, trained anew if its settings have changed", choices=("all", *STAGES))
+    device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto is cuda where there is one")
+    seed: int = flag(0, "seed of weights, noise and order of the data")
+    batch_size: int = flag(32, "clips per step")                    # the paper: 4 GPUs x 16
+    vae_batch_size: int = flag(16, "clips per step of stage vae")
+    vae_frames: int = flag(64, "mel frames cut from each clip in stage vae")  # a convolution needs no whole clips
+    lr: float = flag(1e-3, "peak learning rate of the flow stages")  # a small network bears a large one
+    vae_lr: float = flag(2e-3, "peak learning rate of the VAE")
+    warmup: int = flag(50, "steps of linear warm-up")
+    lr_end: float = flag(0.05, "learning rate at the end of a stage, as a share of its peak; 1 keeps it constant")
+    ema: float = flag(0.995, "decay of the weight average that is saved and sampled from; 0 is off")
+    grad_clip: float = flag(1.0, "largest gradient norm")           # public code
+    vae_steps: int = flag(1800, "steps of stage vae")
+    cfm_steps: int = flag(900, "steps of stage cfm")
+    rf1_steps: int = flag(250, "steps of stage rf1")
+    rf2_steps: int = flag(400, "steps of stage rf2")
+    distill_steps: int = flag(300, "steps of stage distill")
+    kl_weight: float = flag(3e-3, "weight of the VAE's KL term")     # ours: large enough for a smooth latent
+    caption_dropout: float = flag(0.2, "share of captions replaced by '' in training")   # public code
+    sigma_min: float = flag(1e-4, "noise left in the data end of stage cfm")             # public code
+    logit_mean: float = flag(0.0, "μ of the logit-normal timesteps of stage rf1")        # Table 6: the best of -0.5, 0, 0.5
+    logit_std: float = flag(1.0, "σ of the logit-normal timesteps of stage rf1")         # Eq. 6
+    mix_exp_a: float = flag(4.0, "a of the Mix-Exp timesteps of stage rf2")              # Table 6: the best of 1, 2, 3, 4
+    pairing: str = flag("immiscible", "how stage rf1 pairs noise and data", choices=("immiscible", "none"))
+    couplings: int = flag(1600, "(noise, sample) pairs that rf2 and distill are each trained on")
+    coupling_steps: int = flag(8, "Euler steps per pair")
+    guidance: float = flag(3.0, "ω of the couplings")               # not in the paper; public sampler: 3
+    anchor_steps: int = flag(2, "iterations of the anchored optimisation per Euler step; 0 is plain guidance")
+    eval_clips: int = flag(192, "held-out captions in stage eval")
+    save_every: float = flag(60.0, "seconds between checkpoints")
+
+
+PAPER = dict(batch_size=64, vae_frames=624, lr=4.8e-5, vae_lr=1e-4, warmup=1000, lr_end=1.0, ema=0.9999, vae_steps=200_000, cfm_steps=200_000, rf1_steps=40_000,
+             rf2_steps=40_000, distill_steps=40_000, kl_weight=1e-6, couplings=50_000, coupling_steps=24, anchor_steps=10)
+RECIPES = {"toy": {}, "small": PAPER, "base": PAPER, "large": PAPER}
+
+
+def parse_flags(argv: list[str] | None = None) -> Flags:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for f in fields(Flags):
+        more = {k: v for k, v in f.metadata.items() if k != "help"}
+        parser.add_argument(f"--{f.name}", type=type(f.default), default=None, metavar=None if more else f.name.upper(),
+                            help=f"{f.metadata['help']} [{f.default}]", **more)
+    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
+    flags = Flags(**{**RECIPES[given.get("preset", "toy")], **given})
+    flags.out = flags.out or f"out/{flags.preset}"
+    return flags
+
+
+if __name__ == "__main__":
+    FLAGS = parse_flags()           # before the heavy imports: --help and a mistyped flag answer at once
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import flashaudio as fa
+from flashaudio import FlashAudio, InputError, write_atomically
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Data: a manifest -> mels -> latents, contexts and couplings, each computed once and read through a memory map
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+def digest(*things) -> str:
+    """A short name for what something was computed from; a Path stands for the content of that file."""
+    h = hashlib.sha256()
+    for thing in things:
+        h.update(thing.read_bytes() if isinstance(thing, Path) else json.dumps(thing, sort_keys=True).encode())
+    return h.hexdigest()[:12]
+
+
+def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
+    """Rows of the CSV with `audio_path` made absolute, and a line for each bad row."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such manifest; --data takes a CSV with the columns audio_path,caption")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f)
+            missing = {"audio_path", "caption"} - set(reader.fieldnames or ())
+            if missing:
+                raise InputError(f"{path}: column {' and '.join(sorted(missing))} is missing from the first row")
+            rows = [{**row, "line": reader.line_num} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{path}: not a CSV in UTF-8 ({e})") from e
+    good, bad = [], []
+    for row in rows:
+        problem = "audio_path is empty" if not row["audio_path"] else "caption is empty" if not (row["caption"] or "").strip() else ""
+        if problem:
+            bad.append(f"{path.name}, line {row['line']}: {problem}")
+        else:
+            good.append({**row, "caption": row["caption"].strip(), "audio_path": str(path.parent / row["audio_path"])})
+    return good, bad
+
+
+def cached(path: Path, shape: tuple[int, ...], fill) -> np.ndarray:
+    """The float32 array at `path`, memory-mapped; where it is missing, `fill(array)` computes it first."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(path.name.rsplit("-", 1)[0] + "-*"):      # computed from something that has changed
+            stale.unlink()
+        temporary = path.with_suffix(".tmp")
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        fill(array)
+        array.flush()
+        os.replace(temporary, path)
+    return np.load(path, mmap_mode="r")
+
+
+def bar(iterable, text: str, **more):
+    return tqdm(iterable, desc=f"{text:>8}", disable=None, leave=False, dynamic_ncols=True, **more)
+
+
+class Data:
+    """The clips of a manifest: mels (N, 80, T), captions, and which are for training and which for testing."""
+
+    def __init__(self, flags: Flags, frames: int):
+        self.cache = Path(flags.out) / "cache"
+        if flags.data == "toy":
+            from data.toy import write_toy_set
+            manifest = write_toy_set(Path(flags.out) / "data")
+        else:
+            manifest = Path(flags.data)
+        rows, problems = read_manifest(manifest)
+        total = len(rows) + len(problems)
+        if not rows:
+            raise InputError(f"{manifest}: holds no usable clips" + f"; the first: {problems[0]}" * bool(problems))
+        stamps = [os.stat(r["audio_path"])[6:9:2] if os.path.exists(r["audio_path"]) else None for r in rows]    # size, mtime
+        self.key = digest([(r["audio_path"], r["caption"], s) for r, s in zip(rows, stamps)], frames)
+        path = self.cache / f"mels-{self.key}.npy"
+
+        def fill(array: np.ndarray) -> None:
+            unreadable = {}
+            for i in bar(range(len(rows)), "mels", unit="clip"):
+                try:
+                    array[i] = fa.mel_spectrogram(fa.load_audio(rows[i]["audio_path"], fa.HOP * frames)[None])[0].numpy()
+                except InputError as e:
+                    unreadable[i] = str(e)
+            write_atomically(path.with_suffix(".json"), json.dumps(unreadable).encode())
+
+        self.mels = cached(path, (len(rows), 80, frames), fill)
+        unreadable = json.loads(path.with_suffix(".json").read_text())
+        problems += unreadable.values()
+        for line in problems[:10]:
+            print(f"skipped: {line}")
+        if problems:
+            print(f"skipped {len(problems)} of {total} clips")
+        if len(problems) > 0.1 * total:
+            raise InputError(f"{manifest}: {len(problems)} of {total} clips are bad, more than 10%; the first: {problems[0]}")
+        good = [i for i in range(len(rows)) if str(i) not in unreadable]
+        self.rows, self.captions = rows, [r["caption"] for r in rows]
+        self.train = [i for i in good if rows[i].get("split") != "test"]
+        self.test = [i for i in good if rows[i].get("split") == "test"]
+        if not self.train:
+            raise InputError(f"{manifest}: every row has the split 'test', so nothing is left to train on")
+
+    def latents(self, model: FlashAudio, source: Path) -> np.ndarray:
+        """Mean and std of the VAE's posterior for every clip, (N, 2, C, L); source: the file of the VAE's weights."""
+        def fill(array: np.ndarray) -> None:
+            for i in bar(range(0, len(array), 32), "latents"):
+                mean, logvar = model.vae.encode(torch.tensor(self.mels[i:i + 32], device=model.device))
+                array[i:i + 32] = torch.stack([mean, (logvar / 2).exp()], 1).cpu().numpy()
+
+        with torch.no_grad():
+            return cached(self.cache / f"latents-{digest(self.key, source)}.npy",
+                          (len(self.mels), 2, *model.latent_shape()), fill)
+
+    def contexts(self, model: FlashAudio, source: Path) -> tuple[np.ndarray, np.ndarray]:
+        """The context of each distinct caption, (U, N, D) with that of "" first, and every row's place in it (N,)."""
+        distinct = ["", *sorted(set(self.captions))]
+        place = {caption: i for i, caption in enumerate(distinct)}
+
+        def fill(array: np.ndarray) -> None:
+            for i in bar(range(0, len(distinct), 64), "contexts"):
+                array[i:i + 64] = model.text(distinct[i:i + 64]).float().cpu().numpy()
+
+        with torch.no_grad():
+            shape = (len(distinct), *model.text([""]).shape[1:])
+            return (cached(self.cache / f"contexts-{digest(distinct, source)}.npy", shape, fill),
+                    np.array([place[c] for c in self.captions]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The training loop that all stages share
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    flags: Flags
+    data: Data
+    device: torch.device
+
+    def folder(self, stage: str) -> Path:
+        return Path(self.flags.out) / stage
+
+    def weights(self, stage: str) -> Path:
+        return self.folder(stage) / "model.safetensors"
+
+    def load(self, stage: str) -> FlashAudio:
+        return FlashAudio.from_pretrained(self.folder(stage), str(self.device))
+
+    def autocast(self):
+        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
+
+    def generator(self, *what) -> torch.Generator:
+        """Random numbers that depend on the seed and on `what` they are for alone, so that a run can stop anywhere."""
+        return torch.Generator().manual_seed(int(digest(self.flags.seed, *what), 16))
+
+
+@lru_cache(maxsize=2)
+def order(n: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def batch_indices(n: int, size: int, step: int, seed: int) -> np.ndarray:
+    """Numbers of the clips in this step: every one of n once per epoch, in an order that the epoch and the seed decide."""
+    return np.array([order(n, p // n, seed)[p % n] for p in range(step * size, (step + 1) * size)])
+
+
+# What a stage's weights depend on, besides the stage before it. A folder trained with other settings is never overwritten
+# unless its stage is named.
+COMMON = ("preset", "seed", "warmup", "lr_end", "ema", "grad_clip")
+FLOW = (*COMMON, "batch_size", "lr", "caption_dropout")
+REFLOW = ("couplings", "coupling_steps", "guidance", "anchor_steps")
+SETTINGS = {"vae": (*COMMON, "vae_batch_size", "vae_frames", "vae_steps", "vae_lr", "kl_weight"), "cfm": (*FLOW, "cfm_steps", "sigma_min"),
+            "rf1": (*FLOW, "rf1_steps", "logit_mean", "logit_std", "pairing"),
+            "rf2": (*FLOW, *REFLOW, "rf2_steps", "mix_exp_a"), "distill": (*COMMON, *REFLOW, "batch_size", "lr", "distill_steps")}
+
+
+def settings_of(run: Run, stage: str) -> dict:
+    before = STAGES[STAGES.index(stage) - 1] if stage != "vae" else None
+    own = {name: getattr(run.flags, name) for name in SETTINGS[stage]}
+    return {**own, "data": run.data.key, **({"from": digest(run.weights(before))} if before else {})}
+
+
+def is_done(run: Run, stage: str) -> bool:
+    """Whether the stage is trained with these settings; refuses to overwrite one with others, unless it was asked for."""
+    file = run.folder(stage) / "config.json"
+    if not file.exists() or not run.weights(stage).exists():
+        return False
+    then, now = json.loads(file.read_text()).get("settings", {}), settings_of(run, stage)
+    changed = [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if then.get(k) != v]
+    if changed and run.flags.stage != stage:
+        raise InputError(f"{run.folder(stage)} was trained with other settings ({'; '.join(changed)}): "
+                         f"choose another --out, or train it again with --stage {stage}")
+    return not changed
+
+
+def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], loss_of) -> None:
+    """Train `parts` of the model on loss_of(step, generator) and save the result in the stage's folder."""
+    flags, folder, settings = run.flags, run.folder(stage), settings_of(run, stage)
+    steps, peak = getattr(flags, f"{stage}_steps"), flags.vae_lr if stage == "vae" else flags.lr
+    parameters = {n: p for n, p in model.requires_grad_(False).named_parameters() if n.split(".")[0] in parts}
+    for p in parameters.values():
+        p.requires_grad_(True)
+    optimizer = torch.optim.AdamW(parameters.values(), lr=peak, fused=run.device.type in ("cpu", "cuda"))
+    average = {n: p.detach().clone() for n, p in parameters.items()}
+    start, spent, state_file = 0, 0.0, folder / "train_state.pt"
+    if state_file.exists():
+        state = torch.load(state_file, map_location=run.device, weights_only=True)
+        if state["settings"] == settings:
+            start, spent, average = state["step"], state["seconds"], state["average"]
+            optimizer.load_state_dict(state["optimizer"])
+            model.load_state_dict(state["weights"], strict=False)
+            print(f"{stage}: continuing at step {start} of {steps}")
+
+    def save_state(step: int) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = state_file.with_suffix(".tmp")
+        torch.save({"step": step, "seconds": spent + time.time() - began, "settings": settings, "average": average,
+                    "weights": {n: p.detach() for n, p in parameters.items()}, "optimizer": optimizer.state_dict()}, temporary)
+        os.replace(temporary, state_file)
+
+    began = saved = time.time()
+    smooth, progress = None, bar(range(start, steps), stage, initial=start, total=steps, unit="step")
+    with open(Path(flags.out) / "metrics.jsonl", "a") as metrics:
+        for step in progress:
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+            rate = peak * min(1.0, (step + 1) / flags.warmup) * (flags.lr_end + (1 - flags.lr_end) * cosine)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with run.autocast():
+                loss = loss_of(step, run.generator(stage, step))
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), flags.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            decay = min(flags.ema, (step + 1) / (step + 10))                   # short memory at first
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
+            if step % 10 == 9 or step == steps - 1:
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise InputError(f"{stage}: the loss is {value} at step {step}; the last good checkpoint is kept in {folder}. "
+                                     f"A smaller --lr or a longer --warmup usually helps")
+                smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
+                progress.set_postfix_str(f"loss {smooth:.4f}, {(time.time() - began) / (step + 1 - start):.2f} s/step")
+                metrics.write(json.dumps({"stage": stage, "step": step + 1, "loss": value, "grad_norm": norm.item(), "lr": rate,
+                                          "seconds": round(spent + time.time() - began, 2)}) + "\n")
+                if time.time() - saved > flags.save_every:
+                    save_state(step + 1)
+                    saved = time.time()
+    save_state(steps)
+    model.load_state_dict(average, strict=False)
+    if stage == "vae":
+        model.scale_factor.copy_(latent_scale(run, model))
+    seconds = spent + time.time() - began
+    model.save_pretrained(folder, stage=stage, settings=settings, flags=asdict(flags), seconds=round(seconds, 1))
+    print(f"{stage}: {steps} steps in {seconds:.0f} s, loss {smooth or math.nan:.4f} -> {folder}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# The stages (Algorithm 1)
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def latent_scale(run: Run, model: FlashAudio) -> Tensor:
+    """1 / std of sampled latents; over up to 1024 clips, where the public code takes its first batch."""
+    clips = torch.tensor(run.data.mels[run.data.train[:1024]], device=run.device)
+    mean, logvar = (torch.cat(parts) for parts in zip(*(model.vae.encode(part) for part in clips.split(32))))
+    return 1 / (mean.var() + logvar.exp().mean()).sqrt()
+
+
+def train_vae(run: Run) -> None:
+    with torch.random.fork_rng(devices=[]):         # weights depend on the seed, the global generator stays as it was
+        torch.manual_seed(run.flags.seed)
+        model = FlashAudio(fa.PRESETS[run.flags.preset]).to(run.device)
+    mels, clips, flags = run.data.mels, np.array(run.data.train), run.flags
+    mean = torch.from_numpy(mels[clips[:1024]].mean((0, 2))).to(run.device)     # of each band: start from there, not from 0
+    with torch.no_grad():
+        model.vae.encoder.conv_in.bias -= model.vae.encoder.conv_in.weight.sum(2) @ mean
+        model.vae.decoder.conv_out.bias.copy_(mean)
+    frames = min(flags.vae_frames, model.config.frames)
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        rows = clips[batch_indices(len(clips), flags.vae_batch_size, step, flags.seed)]
+        start = torch.randint(model.config.frames - frames + 1, (), generator=generator).item()
+        mel = torch.from_numpy(mels[rows, :, start:start + frames]).to(run.device)
+        noise = torch.randn(len(mel), model.config.vae.embed_dim, frames // model.stride, generator=generator)
+        return fa.vae_loss(model.vae, mel, noise.to(run.device), flags.kl_weight)
+
+    fit(run, "vae", model, ("vae",), loss_of)
+
+
+def train_flow(run: Run, stage: str) -> None:
+    """Stages cfm and rf1: on latents of real clips, with the text encoder."""
+    flags, model = run.flags, run.load("vae" if stage == "cfm" else "cfm")
+    latents = run.data.latents(model, run.weights("vae"))
+    clips, ids, null = run.data.train, model.text.tokenize(run.data.captions), model.text.tokenize([""])
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        rows = np.take(clips, batch_indices(len(clips), flags.batch_size, step, flags.seed))
+        mean, std = torch.from_numpy(latents[rows]).unbind(1)                   # (B, C, L)
+        z1 = model.scale_factor.cpu() * (mean + std * torch.randn(mean.shape, generator=generator))
+        z0 = torch.randn(z1.shape, generator=generator)
+        if stage == "rf1" and flags.pairing == "immiscible":
+            z0 = fa.immiscible_pairing(z1, z0)
+        t = (fa.uniform(len(rows), generator) if stage == "cfm" else
+             fa.logit_normal(len(rows), flags.logit_mean, flags.logit_std, generator))
+        dropped = torch.rand(len(rows), 1, generator=generator) < flags.caption_dropout
+        context = model.text(torch.where(dropped, null, ids[rows]))
+        z1, z0, t = (x.to(run.device) for x in (z1, z0, t))
+        return fa.rectified_flow_loss(model.dit, z1, z0, t, context, flags.sigma_min if stage == "cfm" else 0.0)
+
+    fit(run, stage, model, ("dit", "text"), loss_of)
+
+
+def train_on_couplings(run: Run, stage: str) -> None:
+    """Stages rf2 and distill: on the couplings of the model before, with the text encoder frozen."""
+    flags, teacher = run.flags, "rf1" if stage == "rf2" else "rf2"
+    model = run.load(teacher)
+    contexts, place = run.data.contexts(model, run.weights("rf1"))
+    place = np.resize(place[run.data.train], flags.couplings)                   # the caption of each pair
+    shape = (flags.couplings, 2, *model.latent_shape())
+
+    def context_of(rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(contexts[rows]).to(run.device)                  # (B, N, D)
+
+    def fill(array: np.ndarray) -> None:
+        model.requires_grad_(False)
+        for i in bar(range(0, len(array), 64), "pairs", unit="batch"):
+            rows = place[i:i + 64]
+            z0 = torch.randn(len(rows), *shape[2:], generator=run.generator(stage, "couplings", i))
+            with run.autocast():
+                z1 = fa.make_couplings(model.dit, z0.to(run.device), context_of(rows), context_of(0 * rows),
+                                       flags.coupling_steps, flags.guidance, flags.anchor_steps)
+            array[i:i + 64, 0], array[i:i + 64, 1] = z0, z1.cpu()
+
+    began, own = time.time(), [flags.seed, *(getattr(flags, name) for name in REFLOW)]
+    path = run.data.cache / f"couplings_{stage}-{digest(run.data.key, own, run.weights(teacher))}.npy"
+    if not path.exists():
+        pairs = cached(path, shape, fill)
+        print(f"{stage}: {len(pairs)} couplings in {time.time() - began:.0f} s")
+    pairs = cached(path, shape, fill)
+
+    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+        rows = batch_indices(len(pairs), flags.batch_size, step, flags.seed)
+        z0, z1 = torch.from_numpy(pairs[rows]).to(run.device).unbind(1)         # (B, C, L)
+        if stage == "distill":
+            return fa.distill_loss(model.dit, z1, z0, context_of(place[rows]))
+        kept = torch.rand(len(rows), generator=generator) >= flags.caption_dropout
+        t = fa.mix_exp(len(rows), flags.mix_exp_a, generator).to(run.device)
+        return fa.rectified_flow_loss(model.dit, z1, z0, t, context_of(place[rows] * kept.numpy()))
+
+    fit(run, stage, model, ("dit",), loss_of)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------
+# Evaluation: each model at 1, 4 and 24 steps, judged on the waveforms
+# ---------------------------------------------------------------------------------------------------------------------------
+
+
+class ToyJudge:
+    """The classifier of data/toy.py: its embedding gives fd, its posterior KL and accuracy, signal processing the details."""
+    name = "toy judge"
+
+    def __init__(self, run: Run, rows: list[int], wav: Tensor):
+        from data import toy
+        self.toy, self.scenes = toy, [run.data.rows[i]["scene"] for i in rows]
+        self.judge = toy.train_judge(run.data.cache / "judge.safetensors", progress=sys.stderr.isatty())
+        toy.check_judge(self.judge, wav, self.scenes)                           # refuses to judge below its bar
+        self.real, self.real_posterior = self.judge.judge(wav)
+        self.classes = torch.tensor([toy.scene_index(s) for s in self.scenes])
+
+    def __call__(self, wav: Tensor) -> dict:
+        embedding, posterior = self.judge.judge(wav)
+        details = [ok for w, s in zip(wav.numpy(), self.scenes) for ok in self.toy.measure(w, s).values()]
+        return {"fd": fa.frechet_distance(embedding, self.real), "kl": fa.kl_divergence(self.real_posterior, posterior),
+                "accuracy": (posterior.argmax(1) == self.classes).float().mean().item(), "measured": float(np.mean(details))}
+
+
+class NearestClip:
+    """For any other manifest: a clip is right when the real clip nearest to it in log-mel has its caption; fd is between
+    means and stds of the mel bands over time; there is no classifier, hence no KL."""
+    name = "nearest log-mel"
+
+    def __init__(self, run: Run, rows: list[int], wav: Tensor):
+        self.captions, self.real = np.array([run.data.captions[i] for i in rows]), fa.mel_spectrogram(wav)
+
+    def __call__(self, wav: Tensor) -> dict:
+        mel = fa.mel_spectrogram(wav)
+        nearest = torch.cdist(mel.flatten(1), self.real.flatten(1)).argmin(1).numpy()
+        fd = fa.frechet_distance(*(torch.cat([m.mean(2), m.std(2)], 1) for m in (mel, self.real)))
+        return {"fd": fd, "kl": None, "accuracy": float((self.captions[nearest] == self.captions).mean()), "measured": None}
+
+
+@torch.no_grad()
+def evaluate(run: Run) -> None:
+    flags, data, began = run.flags, run.data, time.time()
+    rows = (data.test or data.train)[:flags.eval_clips]
+    captions, model = [data.captions[i] for i in rows], run.load("vae")
+    seconds = model.config.frames * fa.HOP / fa.SAMPLE_RATE
+    real = torch.stack([fa.load_audio(data.rows[i]["audio_path"], model.config.frames * fa.HOP) for i in rows])
+    judge = (ToyJudge if "scene" in data.rows[0] else NearestClip)(run, rows, real)
+    vocoder, table = fa.load_vocoder(), []
+
+    def add(name: str, wav: Tensor, steps: int | None = None, guidance: float | None = None, straight: float | None = None,
+            elapsed: float | None = None) -> None:
+        nfe = steps and steps * (1 if guidance == 1 else 2)
+        rtf = elapsed and elapsed / (len(wav) * seconds)
+        table.append({"model": name, "steps": steps, "nfe": nfe, "guidance": guidance, **judge(wav), "straightness": straight,
+                      "rtf": rtf, "clips": len(wav), "judge": judge.name})
+
+    def simulate(model: FlashAudio, steps: int, guidance: float) -> tuple[Tensor, float, float]:
+        """Waveforms, straightness of the paths and seconds taken; noise i has the seed i, the same for every model."""
+        wav, straight, start = [], [], time.time()
+        z0 = torch.cat([model.noise([""], flags.seed + i, model.latent_shape()) for i in range(len(rows))])
+        for i in bar(range(0, len(rows), 64), "eval", unit="batch"):
+            path = model.sample_latents(captions[i:i + 64], steps, guidance, z0=z0[i:i + 64], return_trajectory=True)
+            straight.append(fa.straightness(path) * path.shape[1])
+            wav += [vocoder(mel).cpu() for mel in model.decode(path[-1]).split(8)]
+        return torch.cat(wav), sum(straight) / len(rows), time.time() - start
+
+    add("real", real)
+    mels = torch.tensor(data.mels[rows], device=run.device)
+    add("vae", torch.cat([vocoder(model.vae.decode(model.vae.encode(m)[0])).cpu() for m in mels.split(8)]))
+    for stage in STAGES[1:-1]:
+        model = run.load(stage)
+        for guidance in (1.0, 3.0) if stage == "cfm" else (1.0,):
+            wav24, straight, elapsed24 = simulate(model, 24, guidance)
+            for steps in ((1,) if stage == "distill" else (1, 4) if guidance == 1 else ()):
+                wav, _, elapsed = simulate(model, steps, guidance)
+                add(stage, wav, steps, guidance, straight, elapsed)
+            if stage != "distill":
+                add(stage, wav24, 24, guidance, straight, elapsed24)
+    spent = [json.loads((run.folder(s) / "config.json").read_text())["seconds"] for s in STAGES[:-1]]
+    hardware = (torch.cuda.get_device_name() if run.device.type == "cuda" else
+                f"{run.device.type}, {torch.get_num_threads()} threads") + f", torch {torch.__version__}"
+    results = {"rows": table, "config": asdict(flags), "seed": flags.seed, "hardware": hardware,
+               "seconds": round(sum(spent) + time.time() - began, 1)}
+    write_atomically(Path(flags.out) / "results.json", json.dumps(results, indent=2).encode())
+    print_table(results)
+
+
+def print_table(results: dict) -> None:
+    columns = ("model", "steps", "nfe", "guidance", "fd", "kl", "accuracy", "measured", "straightness", "rtf", "clips")
+    print("\n" + " ".join(f"{c:>{max(8, len(c))}}" for c in columns))
+    for row in results["rows"]:
+        cells = ["-" if row[c] is None else f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
+        print(" ".join(f"{cell:>{max(8, len(c))}}" for c, cell in zip(columns, cells)))
+    print(f"\njudged by {results['rows'][0]['judge']}; rtf: seconds of computing per second of audio, text to waveform, batch 64\n"
+          f"seed {results['seed']}, {results['hardware']}, {results['seconds']:.0f} s of training and evaluation")
+
+
+RUN_STAGE = {"vae": train_vae, "cfm": partial(train_flow, stage="cfm"), "rf1": partial(train_flow, stage="rf1"),
+             "rf2": partial(train_on_couplings, stage="rf2"), "distill": partial(train_on_couplings, stage="distill"), "eval": evaluate}
+
+
+def main(flags: Flags) -> None:
+    device = fa.find_device(flags.device)
+    torch.set_float32_matmul_precision("high")
+    Path(flags.out).mkdir(parents=True, exist_ok=True)
+    run = Run(flags, Data(flags, fa.PRESETS[flags.preset].frames), device)
+    for stage in STAGES if flags.stage == "all" else (flags.stage,):
+        if stage != "eval" and is_done(run, stage):
+            print(f"{stage}: done already")
+            continue
+        RUN_STAGE[stage](run)
+
+
+if __name__ == "__main__":
+    try:
+        main(FLAGS)
+    except (InputError, OSError) as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(2)
