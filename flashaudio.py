@@ -324,9 +324,12 @@ def vae_loss(vae: MelVAE, mel: Tensor, noise: Tensor, kl_weight: float) -> Tenso
 class TextEncoder(nn.Module):
     """A small ByT5: bytes in, T5 encoder layers, one context token per byte. Trained with the flow up to the 1-RF.
 
+    Each byte also carries learned embeddings of the 3, 4 and 5 bytes that end with it, looked up by hash as in the Byte Latent
+    Transformer (Pagnoni et al. 2024): words need not be spelled out by attention first, which a short training never gets to.
     Every caption takes N tokens and padding is attended to like any other token, here and in the backbone: that is how the
     public systems work, and what makes a context independent of the batch it was made in.
     """
+    NGRAMS, BUCKETS = (3, 4, 5), 4096
 
     def __init__(self, config: TextConfig, width: int):
         super().__init__()
@@ -335,8 +338,10 @@ class TextEncoder(nn.Module):
         from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
         self.max_length, self.tokenizer = config.max_length, ByT5Tokenizer()
         self.model = T5EncoderModel(T5Config(
-            vocab_size=len(self.tokenizer), d_model=width, d_kv=width // config.heads, d_ff=4 * width,
+            vocab_size=len(self.tokenizer), d_model=width, d_kv=width // config.heads, d_ff=2 * width,
             num_layers=config.layers, num_heads=config.heads, dropout_rate=0.0))
+        self.ngrams = nn.Embedding(len(self.NGRAMS) * self.BUCKETS, width)
+        nn.init.normal_(self.ngrams.weight, std=0.3)
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Captions -> token ids (B, N); padding is 0, byte b is b + 3."""
@@ -345,9 +350,13 @@ class TextEncoder(nn.Module):
 
     def forward(self, captions: list[str] | Tensor) -> Tensor:
         """Captions, or their token ids (B, N) -> context (B, N, D)."""
-        ids = captions if isinstance(captions, Tensor) else self.tokenize(captions)
-        ids = ids.to(self.model.device)
-        return self.model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        ids = (captions if isinstance(captions, Tensor) else self.tokenize(captions)).to(self.model.device)
+        x = self.model.shared(ids)                                              # (B, N, D)
+        for i, n in enumerate(self.NGRAMS):
+            power = torch.tensor([389 ** k % self.BUCKETS for k in range(n)], device=ids.device)    # 389: a prime > 384 ids
+            last = F.pad(ids, (n - 1, 0)).unfold(1, n, 1)                       # (B, N, n)
+            x = x + self.ngrams((last * power).sum(-1) % self.BUCKETS + i * self.BUCKETS)
+        return self.model(inputs_embeds=x, attention_mask=torch.ones_like(ids)).last_hidden_state
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -600,10 +609,11 @@ def anchored_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, 
             with torch.enable_grad():
                 v_null = model(z, t, null)
                 loss = anchored_cfg_loss(anchors[i + 1], z, v_cond, v_null, guidance, dt)
+                total = loss.sum()                  # each sample has its own ∅: their gradients do not mix
             done = loss < tolerance * (1 + 100 * i * dt) * (50 * dt) ** 2
             if done.all() or iteration == anchor_steps:
                 break
-            null.grad, = torch.autograd.grad(loss.sum(), null)      # each sample has its own ∅: gradients do not mix
+            null.grad, = torch.autograd.grad(total, null)
             before = null.clone()
             optimizer.step()
             null[done] = before[done]
@@ -745,10 +755,10 @@ class FlashAudio(nn.Module):
         """
         from safetensors.torch import load_file
         folder = Path(source)
-        if not folder.exists() and str(source).count("/") == 1:
-            from huggingface_hub import snapshot_download
-            folder = Path(snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors"]))
         try:
+            if not folder.exists() and str(source).count("/") == 1:
+                from huggingface_hub import snapshot_download
+                folder = Path(snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors"]))
             model = cls(FlashAudioConfig.from_dict(json.loads((folder / "config.json").read_text())))
             state = load_file(folder / "model.safetensors")
             if "text.model.encoder.embed_tokens.weight" in state:
@@ -756,8 +766,8 @@ class FlashAudio(nn.Module):
             model.load_state_dict(state)
         except FileNotFoundError as e:
             raise InputError(f"{source}: no model here ({Path(e.filename or 'model.safetensors').name} is missing)") from e
-        except Exception as e:                          # safetensors, JSON and torch each have errors of their own
-            raise InputError(f"{source}: not a readable model ({str(e).splitlines()[0]})") from e
+        except Exception as e:                          # safetensors, JSON, torch and the hub each have errors of their own
+            raise InputError(f"{source}: not a readable model ({(str(e) or type(e).__name__).splitlines()[0]})") from e
         return model.to(device).eval()
 
 

@@ -88,8 +88,13 @@ def save_picture(path: Path, mel: np.ndarray, title: str) -> None:
     figure.savefig(path)
 
 
-def file_name(prompt: str) -> str:
-    return re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "sample"
+def file_names(prompts: list[str]) -> dict[str, str]:
+    """A file name for each prompt, without ending; no two alike."""
+    names: dict[str, str] = {}
+    for prompt in prompts:
+        name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "sample"
+        names[prompt] = name if name not in names.values() else f"{name}-{len(names)}"
+    return names
 
 
 def main(flags: argparse.Namespace) -> None:
@@ -97,7 +102,8 @@ def main(flags: argparse.Namespace) -> None:
     vocoder, model = fa.load_vocoder(flags.vocoder), FlashAudio.from_pretrained(source, fa.find_device(flags.device))
     flags.out.mkdir(parents=True, exist_ok=True)
     nfe = flags.steps * (1 if flags.guidance == 1 else 2)
-    takes = [(prompt, k) for prompt in dict.fromkeys(prompts) for k in range(flags.n * prompts.count(prompt))]
+    names = file_names(prompts := list(dict.fromkeys(prompts)))
+    takes = [(prompt, k) for prompt in prompts for k in range(flags.n)]
     print(f"{source}, {flags.steps} step{'s' * (flags.steps > 1)}, ω {flags.guidance:g}, seed {flags.seed}")
     for i in range(0, len(takes), flags.batch_size):
         batch = takes[i:i + flags.batch_size]
@@ -107,7 +113,7 @@ def main(flags: argparse.Namespace) -> None:
         wavs = model.generate([p for p, _ in batch], flags.steps, flags.guidance, z0=z0, vocoder=vocoder).cpu()
         elapsed = (time.perf_counter() - began) / len(batch)
         for (prompt, k), wav in zip(batch, wavs):
-            path = flags.out / f"{file_name(prompt)}-{k}.wav"
+            path = flags.out / f"{names[prompt]}-{k}.wav"
             wavfile.write(path, fa.SAMPLE_RATE, (wav.numpy() * 32767).round().astype(np.int16))
             save_picture(path.with_suffix(".png"), fa.mel_spectrogram(wav[None])[0].numpy(), prompt)
             seconds = len(wav) / fa.SAMPLE_RATE

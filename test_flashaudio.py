@@ -117,12 +117,12 @@ def test_losses_are_zero_at_the_true_velocity_and_right_elsewhere():
 
 def test_a_gaussian_flow_learns_the_analytic_velocity():
     mean, std = 2.0, 0.5
+    model = MLP(1)
 
     def loss_of(g):
         z0, z1 = torch.randn(512, 1, generator=g), mean + std * torch.randn(512, 1, generator=g)
         return fa.rectified_flow_loss(model, z1, z0, fa.uniform(512, g), None)
 
-    model = fit(MLP(1), loss_of := loss_of, 1) if False else MLP(1)
     fit(model, loss_of, 1500)
     t = torch.linspace(0.02, 0.98, 25).repeat_interleave(9)
     variance = (1 - t) ** 2 + t ** 2 * std ** 2
@@ -134,7 +134,7 @@ def test_a_gaussian_flow_learns_the_analytic_velocity():
 
 
 def test_reflow_straightens_and_makes_one_step_good():
-    """Two noise blobs' worth of crossing paths in 2-D: the classic picture of rectified flow."""
+    """Four corners in 2-D: the classic picture of rectified flow."""
     def data(n, g):
         corner = torch.randint(4, (n,), generator=g)
         centre = torch.stack([(corner % 2) * 6.0 - 3, (corner // 2) * 6.0 - 3], 1)
@@ -505,3 +505,124 @@ def test_sample_writes_wavs_and_pictures(trained, tmp_path):
     assert np.abs(wavfile.read(tmp_path / "b/tone-number-2-1.wav")[1].astype(int) - wav).max() <= 3     # of 32767
     run("sample.py", *model, "tone number 2", "--n", 2, "--out", tmp_path / "c", "--seed", 7)
     assert np.abs(wavfile.read(tmp_path / "c/tone-number-2-1.wav")[1].astype(int) - wav).max() > 3
+
+
+BAD_TRAIN = {
+    "no manifest": (["--data", "nowhere.csv"], "no such manifest"),
+    "missing column": (["--data", "column.csv"], "caption"),
+    "no rows": (["--data", "empty.csv"], "no usable clips"),
+    "not a csv": (["--data", "binary.csv"], "not a CSV"),
+    "bad clips": (["--data", "bad.csv"], "more than 10%"),
+    "unknown flag": (["--learning_rate", "1"], "unrecognized arguments"),
+    "unknown stage": (["--stage", "rf3"], "invalid choice"),
+    "unknown preset": (["--preset", "huge"], "invalid choice"),
+    "not a number": (["--lr", "fast"], "invalid float"),
+    "unknown device": (["--data", "good/manifest.csv", "--device", "abacus"], "device"),
+    "stage too early": (["--data", "good/manifest.csv", "--stage", "rf2"], "rf1"),
+    "output is a file": (["--data", "good/manifest.csv", "--out", "column.csv"], "column.csv"),
+}
+
+
+@pytest.fixture(scope="module")
+def corner(tmp_path_factory) -> Path:
+    """A folder of things that are wrong."""
+    folder = tmp_path_factory.mktemp("corner")
+    write_clips(folder / "good", 2)
+    (folder / "column.csv").write_text("audio_path,text\ngood/0.wav,a tone\n")
+    (folder / "empty.csv").write_text("audio_path,caption\n")
+    (folder / "binary.csv").write_bytes(bytes(range(128, 256)))
+    (folder / "bad.csv").write_text("audio_path,caption\ngood/0.wav,a tone\ngone.wav,a tone\ngood/1.wav,\n")
+    return folder
+
+
+def assert_one_line(done: subprocess.CompletedProcess, expected: str) -> None:
+    assert done.returncode == 2 and expected in done.stderr and "Traceback" not in done.stderr
+    message = [line for line in done.stderr.splitlines() if "error:" in line or line.startswith(("train.py:", "sample.py:"))]
+    assert len(message) == 1
+
+
+@pytest.mark.parametrize("case", BAD_TRAIN)
+def test_train_says_in_one_line_what_is_wrong(corner, case):
+    flags, expected = BAD_TRAIN[case]
+    assert_one_line(run(ROOT / "train.py", *flags, cwd=corner), expected)
+
+
+BAD_SAMPLE = {
+    "no prompt": ([], "nothing to make"),
+    "no model": (["rain"], "no distilled model"),
+    "not a model": (["rain", "--model", "good"], "no model here"),
+    "no file": (["--file", "gone.txt"], "no such file"),
+    "no steps": (["rain", "--steps", "0"], "at least 1"),
+    "unknown flag": (["rain", "--cfg", "3"], "unrecognized arguments"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SAMPLE)
+def test_sample_says_in_one_line_what_is_wrong(corner, case):
+    flags, expected = BAD_SAMPLE[case]
+    assert_one_line(run(ROOT / "sample.py", *flags, cwd=corner), expected)
+
+
+def test_odd_clips_are_used_and_bad_ones_are_counted(tmp_path):
+    from data.manifest import Data
+    write_clips(tmp_path, 12)
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(44100) / 44100)
+    wavfile.write(tmp_path / "0.wav", 44100, np.stack([tone, tone], 1).astype(np.float32))  # stereo, 44.1 kHz, float
+    wavfile.write(tmp_path / "1.wav", 8000, (tone[:8000] * 127 + 128).astype(np.uint8))     # 8 bit, 8 kHz
+    wavfile.write(tmp_path / "2.wav", 16000, (tone[:160] * 32767).astype(np.int16))         # 10 ms
+    (tmp_path / "3.wav").write_bytes(b"RIFF")                                               # unreadable: 1 of 13
+    with open(tmp_path / "manifest.csv", "a", encoding="utf-8") as f:
+        f.write('4.wav,"ein ""Ton"" für Jürgen, leise"\n')
+    data = Data(tmp_path / "manifest.csv", tmp_path / "cache", 32)
+    assert len(data.train) == 12 and 3 not in data.train and data.captions[-1] == 'ein "Ton" für Jürgen, leise'
+    expected = fa.mel_spectrogram(fa.load_audio(tmp_path / "0.wav", 32 * 256)[None])[0]
+    torch.testing.assert_close(torch.tensor(data.mels[0]), expected)
+    key = data.key
+    wavfile.write(tmp_path / "3.wav", 16000, np.zeros(16000, np.int16))
+    again = Data(tmp_path / "manifest.csv", tmp_path / "cache", 32)                         # the cache follows the files
+    assert again.key != key and len(again.train) == 13 and again.mels[3].max() == -5
+    assert len(list((tmp_path / "cache").glob("mels-*.npy"))) == 1
+
+
+# ---- the toy set ------------------------------------------------------------------------------------------------------------
+
+def test_toy_splits_share_nothing_and_test_holds_new_combinations(tmp_path):
+    from data import toy
+    rows = list(csv.DictReader(open(toy.write_toy_set(tmp_path / "a", 300, 60), encoding="utf-8")))
+    kinds = lambda split: {toy.SCENES[toy.scene_index(r["scene"])] for r in rows if r["split"] == split}
+    assert not kinds("train") & toy.HELD_OUT and len(kinds("test") & toy.HELD_OUT) > 5
+    clips = [(tmp_path / "a" / r["audio_path"]).read_bytes() for r in rows]
+    assert len(set(clips)) == len(clips) == 360
+    words = lambda split: {w for r in rows if r["split"] == split for w in r["caption"].replace(",", "").split()}
+    assert words("test") - words("train") and all(len(r["caption"].encode()) <= 60 for r in rows)
+    again = toy.write_toy_set(tmp_path / "b", 300, 60)
+    assert again.read_bytes() == (tmp_path / "a/manifest.csv").read_bytes()
+    assert all((tmp_path / "b" / r["audio_path"]).read_bytes() == clip for r, clip in zip(rows, clips))
+
+
+def test_the_toy_judge_hears_real_clips_and_refuses_to_judge_below_its_bar(tmp_path):
+    from data import toy
+    rows = [r for r in csv.DictReader(open(toy.write_toy_set(tmp_path, 0, 128), encoding="utf-8"))]
+    wav, scenes = torch.stack([fa.load_audio(tmp_path / r["audio_path"]) for r in rows]), [r["scene"] for r in rows]
+    judge = toy.train_judge(tmp_path / "judge.safetensors", progress=False)
+    assert toy.check_judge(judge, wav, scenes) >= 0.95
+    embedding, posterior = judge.judge(wav)
+    assert embedding.shape == (128, 64) and torch.allclose(posterior.exp().sum(1), torch.ones(128), atol=1e-4)
+    assert torch.equal(toy.train_judge(tmp_path / "judge.safetensors").judge(wav)[1], posterior)
+    vocoded = torch.cat([fa.griffin_lim(mel) for mel in fa.mel_spectrogram(wav).split(16)])
+    assert toy.check_judge(judge, vocoded, scenes, bar=0) >= 0.9
+    claims = [ok for w, s in zip(wav.numpy(), scenes) for ok in toy.measure(w, s).values()]
+    assert len(claims) > 20 and np.mean(claims) >= 0.97
+    with pytest.raises(InputError, match="below"):
+        toy.check_judge(judge, torch.randn(32, toy.SAMPLES, generator=rng()), scenes[:32])
+
+
+def test_what_the_caption_names_is_measured_and_can_be_wrong():
+    from data import toy
+    wav = lambda scene: toy.synthesise(scene, np.random.default_rng(0))
+    assert toy.measure(wav("chirp:up"), "chirp:up") == {"direction": True}
+    assert toy.measure(wav("chirp:up"), "chirp:down") == {"direction": False}
+    assert toy.measure(wav("knocks:3"), "knocks:3") == {"count": True}
+    assert toy.measure(wav("knocks:2"), "knocks:3") == {"count": False}
+    assert toy.measure(wav("bell>rain"), "bell>rain") == {"order": True}
+    assert toy.measure(wav("rain>bell"), "bell>rain") == {"order": False}

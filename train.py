@@ -9,8 +9,6 @@ Each stage leaves a loadable model in <out>/<stage>. A run that was interrupted 
 from __future__ import annotations
 
 import argparse
-import csv
-import hashlib
 import json
 import math
 import os
@@ -40,17 +38,17 @@ class Flags:
     batch_size: int = flag(32, "clips per step")                    # the paper: 4 GPUs x 16
     vae_batch_size: int = flag(16, "clips per step of stage vae")
     vae_frames: int = flag(64, "mel frames cut from each clip in stage vae")  # a convolution needs no whole clips
-    lr: float = flag(1e-3, "peak learning rate of the flow stages")  # a small network bears a large one
+    lr: float = flag(1.5e-3, "peak learning rate of the flow stages")  # a small network bears a large one
     vae_lr: float = flag(2e-3, "peak learning rate of the VAE")
     warmup: int = flag(50, "steps of linear warm-up")
     lr_end: float = flag(0.05, "learning rate at the end of a stage, as a share of its peak; 1 keeps it constant")
     ema: float = flag(0.995, "decay of the weight average that is saved and sampled from; 0 is off")
     grad_clip: float = flag(1.0, "largest gradient norm")           # public code
     vae_steps: int = flag(1800, "steps of stage vae")
-    cfm_steps: int = flag(900, "steps of stage cfm")
-    rf1_steps: int = flag(250, "steps of stage rf1")
-    rf2_steps: int = flag(400, "steps of stage rf2")
-    distill_steps: int = flag(300, "steps of stage distill")
+    cfm_steps: int = flag(1000, "steps of stage cfm")
+    rf1_steps: int = flag(200, "steps of stage rf1")
+    rf2_steps: int = flag(350, "steps of stage rf2")
+    distill_steps: int = flag(250, "steps of stage distill")
     kl_weight: float = flag(3e-3, "weight of the VAE's KL term")     # ours: large enough for a smooth latent
     caption_dropout: float = flag(0.2, "share of captions replaced by '' in training")   # public code
     sigma_min: float = flag(1e-4, "noise left in the data end of stage cfm")             # public code
@@ -58,16 +56,18 @@ class Flags:
     logit_std: float = flag(1.0, "σ of the logit-normal timesteps of stage rf1")         # Eq. 6
     mix_exp_a: float = flag(4.0, "a of the Mix-Exp timesteps of stage rf2")              # Table 6: the best of 1, 2, 3, 4
     pairing: str = flag("immiscible", "how stage rf1 pairs noise and data", choices=("immiscible", "none"))
-    couplings: int = flag(1600, "(noise, sample) pairs that rf2 and distill are each trained on")
-    coupling_steps: int = flag(8, "Euler steps per pair")
+    couplings: int = flag(1200, "(noise, sample) pairs that rf2 and distill are each trained on")
+    coupling_steps: int = flag(6, "Euler steps per pair")
     guidance: float = flag(3.0, "ω of the couplings")               # not in the paper; public sampler: 3
-    anchor_steps: int = flag(2, "iterations of the anchored optimisation per Euler step; 0 is plain guidance")
-    eval_clips: int = flag(192, "held-out captions in stage eval")
+    anchor_steps: int = flag(1, "iterations of the anchored optimisation per Euler step; 0 is plain guidance")
+    eval_clips: int = flag(160, "held-out captions in stage eval")
     save_every: float = flag(60.0, "seconds between checkpoints")
 
 
-PAPER = dict(batch_size=64, vae_frames=624, lr=4.8e-5, vae_lr=1e-4, warmup=1000, lr_end=1.0, ema=0.9999, vae_steps=200_000, cfm_steps=200_000, rf1_steps=40_000,
-             rf2_steps=40_000, distill_steps=40_000, kl_weight=1e-6, couplings=50_000, coupling_steps=24, anchor_steps=10)
+# The paper gives batch size, learning rate and steps of the 1-RF (§4.1) and leaves the others open.
+PAPER = dict(batch_size=64, lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999, vae_frames=624, vae_lr=1e-4, kl_weight=1e-6,
+             vae_steps=200_000, cfm_steps=200_000, rf1_steps=40_000, rf2_steps=40_000, distill_steps=40_000,
+             couplings=50_000, coupling_steps=24, anchor_steps=10)
 RECIPES = {"toy": {}, "small": PAPER, "base": PAPER, "large": PAPER}
 
 
@@ -89,133 +89,12 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import flashaudio as fa
+from data import toy
+from data.judges import NearestClip, ToyJudge
+from data.manifest import Data, bar, cached, digest
 from flashaudio import FlashAudio, InputError, write_atomically
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Data: a manifest -> mels -> latents, contexts and couplings, each computed once and read through a memory map
-# ---------------------------------------------------------------------------------------------------------------------------
-
-
-def digest(*things) -> str:
-    """A short name for what something was computed from; a Path stands for the content of that file."""
-    h = hashlib.sha256()
-    for thing in things:
-        h.update(thing.read_bytes() if isinstance(thing, Path) else json.dumps(thing, sort_keys=True).encode())
-    return h.hexdigest()[:12]
-
-
-def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
-    """Rows of the CSV with `audio_path` made absolute, and a line for each bad row."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such manifest; --data takes a CSV with the columns audio_path,caption")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            reader = csv.DictReader(f)
-            missing = {"audio_path", "caption"} - set(reader.fieldnames or ())
-            if missing:
-                raise InputError(f"{path}: column {' and '.join(sorted(missing))} is missing from the first row")
-            rows = [{**row, "line": reader.line_num} for row in reader]
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise InputError(f"{path}: not a CSV in UTF-8 ({e})") from e
-    good, bad = [], []
-    for row in rows:
-        problem = "audio_path is empty" if not row["audio_path"] else "caption is empty" if not (row["caption"] or "").strip() else ""
-        if problem:
-            bad.append(f"{path.name}, line {row['line']}: {problem}")
-        else:
-            good.append({**row, "caption": row["caption"].strip(), "audio_path": str(path.parent / row["audio_path"])})
-    return good, bad
-
-
-def cached(path: Path, shape: tuple[int, ...], fill) -> np.ndarray:
-    """The float32 array at `path`, memory-mapped; where it is missing, `fill(array)` computes it first."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for stale in path.parent.glob(path.name.rsplit("-", 1)[0] + "-*"):      # computed from something that has changed
-            stale.unlink()
-        temporary = path.with_suffix(".tmp")
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-        fill(array)
-        array.flush()
-        os.replace(temporary, path)
-    return np.load(path, mmap_mode="r")
-
-
-def bar(iterable, text: str, **more):
-    return tqdm(iterable, desc=f"{text:>8}", disable=None, leave=False, dynamic_ncols=True, **more)
-
-
-class Data:
-    """The clips of a manifest: mels (N, 80, T), captions, and which are for training and which for testing."""
-
-    def __init__(self, flags: Flags, frames: int):
-        self.cache = Path(flags.out) / "cache"
-        if flags.data == "toy":
-            from data.toy import write_toy_set
-            manifest = write_toy_set(Path(flags.out) / "data")
-        else:
-            manifest = Path(flags.data)
-        rows, problems = read_manifest(manifest)
-        total = len(rows) + len(problems)
-        if not rows:
-            raise InputError(f"{manifest}: holds no usable clips" + f"; the first: {problems[0]}" * bool(problems))
-        stamps = [os.stat(r["audio_path"])[6:9:2] if os.path.exists(r["audio_path"]) else None for r in rows]    # size, mtime
-        self.key = digest([(r["audio_path"], r["caption"], s) for r, s in zip(rows, stamps)], frames)
-        path = self.cache / f"mels-{self.key}.npy"
-
-        def fill(array: np.ndarray) -> None:
-            unreadable = {}
-            for i in bar(range(len(rows)), "mels", unit="clip"):
-                try:
-                    array[i] = fa.mel_spectrogram(fa.load_audio(rows[i]["audio_path"], fa.HOP * frames)[None])[0].numpy()
-                except InputError as e:
-                    unreadable[i] = str(e)
-            write_atomically(path.with_suffix(".json"), json.dumps(unreadable).encode())
-
-        self.mels = cached(path, (len(rows), 80, frames), fill)
-        unreadable = json.loads(path.with_suffix(".json").read_text())
-        problems += unreadable.values()
-        for line in problems[:10]:
-            print(f"skipped: {line}")
-        if problems:
-            print(f"skipped {len(problems)} of {total} clips")
-        if len(problems) > 0.1 * total:
-            raise InputError(f"{manifest}: {len(problems)} of {total} clips are bad, more than 10%; the first: {problems[0]}")
-        good = [i for i in range(len(rows)) if str(i) not in unreadable]
-        self.rows, self.captions = rows, [r["caption"] for r in rows]
-        self.train = [i for i in good if rows[i].get("split") != "test"]
-        self.test = [i for i in good if rows[i].get("split") == "test"]
-        if not self.train:
-            raise InputError(f"{manifest}: every row has the split 'test', so nothing is left to train on")
-
-    def latents(self, model: FlashAudio, source: Path) -> np.ndarray:
-        """Mean and std of the VAE's posterior for every clip, (N, 2, C, L); source: the file of the VAE's weights."""
-        def fill(array: np.ndarray) -> None:
-            for i in bar(range(0, len(array), 32), "latents"):
-                mean, logvar = model.vae.encode(torch.tensor(self.mels[i:i + 32], device=model.device))
-                array[i:i + 32] = torch.stack([mean, (logvar / 2).exp()], 1).cpu().numpy()
-
-        with torch.no_grad():
-            return cached(self.cache / f"latents-{digest(self.key, source)}.npy",
-                          (len(self.mels), 2, *model.latent_shape()), fill)
-
-    def contexts(self, model: FlashAudio, source: Path) -> tuple[np.ndarray, np.ndarray]:
-        """The context of each distinct caption, (U, N, D) with that of "" first, and every row's place in it (N,)."""
-        distinct = ["", *sorted(set(self.captions))]
-        place = {caption: i for i, caption in enumerate(distinct)}
-
-        def fill(array: np.ndarray) -> None:
-            for i in bar(range(0, len(distinct), 64), "contexts"):
-                array[i:i + 64] = model.text(distinct[i:i + 64]).float().cpu().numpy()
-
-        with torch.no_grad():
-            shape = (len(distinct), *model.text([""]).shape[1:])
-            return (cached(self.cache / f"contexts-{digest(distinct, source)}.npy", shape, fill),
-                    np.array([place[c] for c in self.captions]))
-
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # The training loop that all stages share
@@ -267,16 +146,19 @@ SETTINGS = {"vae": (*COMMON, "vae_batch_size", "vae_frames", "vae_steps", "vae_l
 
 def settings_of(run: Run, stage: str) -> dict:
     before = STAGES[STAGES.index(stage) - 1] if stage != "vae" else None
+    if before and not run.weights(before).exists():
+        raise InputError(f"stage {stage} starts from stage {before}, which is not trained yet in {run.flags.out}: "
+                         f"leave --stage out, or give --stage {before} first")
     own = {name: getattr(run.flags, name) for name in SETTINGS[stage]}
     return {**own, "data": run.data.key, **({"from": digest(run.weights(before))} if before else {})}
 
 
 def is_done(run: Run, stage: str) -> bool:
     """Whether the stage is trained with these settings; refuses to overwrite one with others, unless it was asked for."""
-    file = run.folder(stage) / "config.json"
+    now, file = settings_of(run, stage), run.folder(stage) / "config.json"
     if not file.exists() or not run.weights(stage).exists():
         return False
-    then, now = json.loads(file.read_text()).get("settings", {}), settings_of(run, stage)
+    then = json.loads(file.read_text()).get("settings", {})
     changed = [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if then.get(k) != v]
     if changed and run.flags.stage != stage:
         raise InputError(f"{run.folder(stage)} was trained with other settings ({'; '.join(changed)}): "
@@ -311,7 +193,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], loss_of
 
     began = saved = time.time()
     smooth, progress = None, bar(range(start, steps), stage, initial=start, total=steps, unit="step")
-    with open(Path(flags.out) / "metrics.jsonl", "a") as metrics:
+    with open(Path(flags.out) / "metrics.jsonl", "a", buffering=1) as metrics:
         for step in progress:
             cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             rate = peak * min(1.0, (step + 1) / flags.warmup) * (flags.lr_end + (1 - flags.lr_end) * cosine)
@@ -324,12 +206,13 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], loss_of
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             decay = min(flags.ema, (step + 1) / (step + 10))                   # short memory at first
-            torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
+            for name, p in parameters.items():
+                average[name].lerp_(p.detach(), 1 - decay)
             if step % 10 == 9 or step == steps - 1:
                 value = loss.item()
-                if not math.isfinite(value):
-                    raise InputError(f"{stage}: the loss is {value} at step {step}; the last good checkpoint is kept in {folder}. "
-                                     f"A smaller --lr or a longer --warmup usually helps")
+                if not math.isfinite(value + norm.item()):
+                    raise InputError(f"{stage}: loss {value}, gradient norm {norm.item()} at step {step + 1}; the last good "
+                                     f"checkpoint is kept in {folder}. A smaller --lr or a longer --warmup usually helps")
                 smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
                 progress.set_postfix_str(f"loss {smooth:.4f}, {(time.time() - began) / (step + 1 - start):.2f} s/step")
                 metrics.write(json.dumps({"stage": stage, "step": step + 1, "loss": value, "grad_norm": norm.item(), "lr": rate,
@@ -363,7 +246,9 @@ def train_vae(run: Run) -> None:
     with torch.random.fork_rng(devices=[]):         # weights depend on the seed, the global generator stays as it was
         torch.manual_seed(run.flags.seed)
         model = FlashAudio(fa.PRESETS[run.flags.preset]).to(run.device)
-    mels, clips, flags = run.data.mels, np.array(run.data.train), run.flags
+    for block in model.dit.blocks:                  # text attention starts open: from 0, it had not opened after 1000 steps
+        torch.nn.init.constant_(block.attention.gate, 0.5)
+    mels, clips, flags = run.data.mels, run.data.train, run.flags
     mean = torch.from_numpy(mels[clips[:1024]].mean((0, 2))).to(run.device)     # of each band: start from there, not from 0
     with torch.no_grad():
         model.vae.encoder.conv_in.bias -= model.vae.encoder.conv_in.weight.sum(2) @ mean
@@ -387,7 +272,7 @@ def train_flow(run: Run, stage: str) -> None:
     clips, ids, null = run.data.train, model.text.tokenize(run.data.captions), model.text.tokenize([""])
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
-        rows = np.take(clips, batch_indices(len(clips), flags.batch_size, step, flags.seed))
+        rows = clips[batch_indices(len(clips), flags.batch_size, step, flags.seed)]
         mean, std = torch.from_numpy(latents[rows]).unbind(1)                   # (B, C, L)
         z1 = model.scale_factor.cpu() * (mean + std * torch.randn(mean.shape, generator=generator))
         z0 = torch.randn(z1.shape, generator=generator)
@@ -448,48 +333,14 @@ def train_on_couplings(run: Run, stage: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-class ToyJudge:
-    """The classifier of data/toy.py: its embedding gives fd, its posterior KL and accuracy, signal processing the details."""
-    name = "toy judge"
-
-    def __init__(self, run: Run, rows: list[int], wav: Tensor):
-        from data import toy
-        self.toy, self.scenes = toy, [run.data.rows[i]["scene"] for i in rows]
-        self.judge = toy.train_judge(run.data.cache / "judge.safetensors", progress=sys.stderr.isatty())
-        toy.check_judge(self.judge, wav, self.scenes)                           # refuses to judge below its bar
-        self.real, self.real_posterior = self.judge.judge(wav)
-        self.classes = torch.tensor([toy.scene_index(s) for s in self.scenes])
-
-    def __call__(self, wav: Tensor) -> dict:
-        embedding, posterior = self.judge.judge(wav)
-        details = [ok for w, s in zip(wav.numpy(), self.scenes) for ok in self.toy.measure(w, s).values()]
-        return {"fd": fa.frechet_distance(embedding, self.real), "kl": fa.kl_divergence(self.real_posterior, posterior),
-                "accuracy": (posterior.argmax(1) == self.classes).float().mean().item(), "measured": float(np.mean(details))}
-
-
-class NearestClip:
-    """For any other manifest: a clip is right when the real clip nearest to it in log-mel has its caption; fd is between
-    means and stds of the mel bands over time; there is no classifier, hence no KL."""
-    name = "nearest log-mel"
-
-    def __init__(self, run: Run, rows: list[int], wav: Tensor):
-        self.captions, self.real = np.array([run.data.captions[i] for i in rows]), fa.mel_spectrogram(wav)
-
-    def __call__(self, wav: Tensor) -> dict:
-        mel = fa.mel_spectrogram(wav)
-        nearest = torch.cdist(mel.flatten(1), self.real.flatten(1)).argmin(1).numpy()
-        fd = fa.frechet_distance(*(torch.cat([m.mean(2), m.std(2)], 1) for m in (mel, self.real)))
-        return {"fd": fd, "kl": None, "accuracy": float((self.captions[nearest] == self.captions).mean()), "measured": None}
-
-
 @torch.no_grad()
 def evaluate(run: Run) -> None:
     flags, data, began = run.flags, run.data, time.time()
-    rows = (data.test or data.train)[:flags.eval_clips]
+    rows = (data.test if len(data.test) else data.train)[:flags.eval_clips]
     captions, model = [data.captions[i] for i in rows], run.load("vae")
     seconds = model.config.frames * fa.HOP / fa.SAMPLE_RATE
     real = torch.stack([fa.load_audio(data.rows[i]["audio_path"], model.config.frames * fa.HOP) for i in rows])
-    judge = (ToyJudge if "scene" in data.rows[0] else NearestClip)(run, rows, real)
+    judge = (ToyJudge if "scene" in data.rows[0] else NearestClip)(data, rows, real)
     vocoder, table = fa.load_vocoder(), []
 
     def add(name: str, wav: Tensor, steps: int | None = None, guidance: float | None = None, straight: float | None = None,
@@ -548,7 +399,8 @@ def main(flags: Flags) -> None:
     device = fa.find_device(flags.device)
     torch.set_float32_matmul_precision("high")
     Path(flags.out).mkdir(parents=True, exist_ok=True)
-    run = Run(flags, Data(flags, fa.PRESETS[flags.preset].frames), device)
+    manifest = toy.write_toy_set(Path(flags.out) / "data") if flags.data == "toy" else Path(flags.data)
+    run = Run(flags, Data(manifest, Path(flags.out) / "cache", fa.PRESETS[flags.preset].frames), device)
     for stage in STAGES if flags.stage == "all" else (flags.stage,):
         if stage != "eval" and is_done(run, stage):
             print(f"{stage}: done already")

@@ -1,0 +1,140 @@
+"""A manifest and its clips: a CSV with the columns audio_path,caption (and optionally split: train or test) -> mels, latents,
+contexts, each computed once, kept under the run's cache/ and read through a memory map."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from flashaudio import HOP, FlashAudio, InputError, load_audio, mel_spectrogram, write_atomically
+
+
+def digest(*things) -> str:
+    """A short name for what something was computed from; a Path stands for the content of that file."""
+    h = hashlib.sha256()
+    for thing in things:
+        h.update(thing.read_bytes() if isinstance(thing, Path) else json.dumps(thing, sort_keys=True).encode())
+    return h.hexdigest()[:12]
+
+
+def bar(iterable, text: str, **more) -> tqdm:
+    """A progress bar that is silent where no one watches."""
+    return tqdm(iterable, desc=f"{text:>8}", disable=None, leave=False, dynamic_ncols=True, **more)
+
+
+def cached(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> np.ndarray:
+    """The float32 array at `path`, memory-mapped; where it is missing, `fill(array)` computes it first.
+
+    `path` is <name>-<digest>.npy. Arrays of that name with another digest were computed from something that has changed, and go.
+    """
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(path.name.rsplit("-", 1)[0] + "-*"):
+            stale.unlink()
+        temporary = path.with_suffix(".tmp")
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        fill(array)
+        array.flush()
+        os.replace(temporary, path)
+    return np.load(path, mmap_mode="r")
+
+
+def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
+    """The rows of the CSV, their audio_path relative to it made good, and a line for each row that cannot be used.
+
+    Raises InputError when there is no such file, it is no CSV, or a column is missing.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: no such manifest; --data takes a CSV with the columns audio_path,caption")
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            reader = csv.DictReader(f)
+            missing = {"audio_path", "caption"} - set(reader.fieldnames or ())
+            if missing:
+                raise InputError(f"{path}: no column {' and '.join(sorted(missing))} in the first line; it must name the columns")
+            rows = [{**row, "line": reader.line_num} for row in reader]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise InputError(f"{path}: not a CSV in UTF-8 ({e})") from e
+    good, problems = [], []
+    for row in rows:
+        empty = [name for name in ("audio_path", "caption") if not (row[name] or "").strip()]
+        if empty:
+            problems.append(f"{path}, line {row['line']}: {' and '.join(empty)} is empty")
+        else:
+            good.append({**row, "caption": row["caption"].strip(), "audio_path": str(path.parent / row["audio_path"].strip())})
+    return good, problems
+
+
+class Data:
+    """The clips of a manifest: rows and captions, mels (N, 80, T), the numbers of the rows to train on and to test on.
+
+    A clip that cannot be used is reported and left out. Raises InputError where more than a tenth are like that.
+    """
+
+    def __init__(self, manifest: Path, cache: Path, frames: int):
+        self.cache = cache
+        self.rows, problems = read_manifest(manifest)
+        total = len(self.rows) + len(problems)
+        if not self.rows:
+            raise InputError(f"{manifest}: holds no usable clips" + f"; the first: {problems[0]}" * bool(problems))
+        self.captions, paths = [r["caption"] for r in self.rows], [r["audio_path"] for r in self.rows]
+        files = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) if os.path.exists(p) else p for p in paths]
+        self.key = digest(files, self.captions, [r.get("split") for r in self.rows], frames)
+        path = cache / f"mels-{self.key}.npy"
+
+        def fill(array: np.ndarray) -> None:
+            unreadable = {}
+            for i in bar(range(len(paths)), "mels", unit="clip"):
+                try:
+                    array[i] = mel_spectrogram(load_audio(paths[i], HOP * frames)[None])[0].numpy()
+                except InputError as e:
+                    unreadable[i] = str(e)
+            write_atomically(path.with_suffix(".json"), json.dumps(unreadable).encode())
+
+        self.mels = cached(path, (len(paths), 80, frames), fill)
+        unreadable = json.loads(path.with_suffix(".json").read_text())
+        problems += unreadable.values()
+        for line in problems[:10]:
+            print(f"skipped: {line}")
+        if problems:
+            print(f"skipped {len(problems)} of {total} clips")
+        if len(problems) > 0.1 * total:
+            raise InputError(f"{manifest}: {len(problems)} of {total} clips are bad, more than 10%; the first: {problems[0]}")
+        good = [i for i in range(total - len(problems) + len(unreadable)) if str(i) not in unreadable]
+        self.train = np.array([i for i in good if self.rows[i].get("split") != "test"], dtype=int)
+        self.test = np.array([i for i in good if self.rows[i].get("split") == "test"], dtype=int)
+        if not len(self.train):
+            raise InputError(f"{manifest}: every row has the split 'test', so nothing is left to train on")
+
+    @torch.no_grad()
+    def latents(self, model: FlashAudio, source: Path) -> np.ndarray:
+        """Mean and std of the VAE's posterior for every clip, (N, 2, C, L); source: the file that the VAE was read from."""
+        def fill(array: np.ndarray) -> None:
+            for i in bar(range(0, len(array), 32), "latents"):
+                mean, logvar = model.vae.encode(torch.tensor(self.mels[i:i + 32], device=model.device))
+                array[i:i + 32] = torch.stack([mean, (logvar / 2).exp()], 1).cpu().numpy()
+
+        shape = (len(self.mels), 2, *model.latent_shape())
+        return cached(self.cache / f"latents-{digest(self.key, source)}.npy", shape, fill)
+
+    @torch.no_grad()
+    def contexts(self, model: FlashAudio, source: Path) -> tuple[np.ndarray, np.ndarray]:
+        """The context of each distinct caption, (U, N, D) with that of "" first, and the place of every row's in it, (rows,)."""
+        distinct = ["", *sorted(set(self.captions))]
+        place = {caption: i for i, caption in enumerate(distinct)}
+
+        def fill(array: np.ndarray) -> None:
+            for i in bar(range(0, len(distinct), 64), "contexts"):
+                array[i:i + 64] = model.text(distinct[i:i + 64]).float().cpu().numpy()
+
+        shape = (len(distinct), *model.text([""]).shape[1:])
+        return (cached(self.cache / f"contexts-{digest(distinct, source)}.npy", shape, fill),
+                np.array([place[caption] for caption in self.captions]))
