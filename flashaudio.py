@@ -70,6 +70,7 @@ class VAEConfig:
     z_channels: int = 20                           # channels before quant_conv
     embed_dim: int = 20                            # latent channels C
     down_levels: tuple[int, ...] = (0,)            # levels after which time is halved: (0,) makes T = 2 L
+    norm_groups: int = 32                          # groups of every GroupNorm; two channels a group would erase a steady tone
 
 
 @dataclass
@@ -110,7 +111,7 @@ class FlashAudioConfig:
 PRESETS: dict[str, FlashAudioConfig] = {
     # ours: 2.048 s, about 5M parameters, trained on a laptop CPU in minutes
     "toy": FlashAudioConfig(
-        VAEConfig(channels=64, channel_mult=(1, 1, 1), res_blocks=1, down_levels=(0, 1)),
+        VAEConfig(channels=64, channel_mult=(1, 1, 1), res_blocks=1, down_levels=(0, 1), norm_groups=4),
         DiTConfig(context_dim=128, hidden_size=192, num_heads=6, depth=4, max_len=256),
         TextConfig(max_length=64, layers=2, heads=4), frames=128),
     # Table 5 gives parameter counts alone; hidden size and depth of small and large are chosen to meet them
@@ -207,15 +208,15 @@ def load_audio(path: str | Path, samples: int | None = None) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-def group_norm(width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, width, eps=1e-6)
+def group_norm(width: int, groups: int) -> nn.GroupNorm:
+    return nn.GroupNorm(groups, width, eps=1e-6)
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, width_in: int, width: int, kernel: int):
+    def __init__(self, width_in: int, width: int, kernel: int, groups: int):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(width_in), nn.Conv1d(width_in, width, kernel, padding=kernel // 2)
-        self.norm2, self.conv2 = group_norm(width), nn.Conv1d(width, width, kernel, padding=kernel // 2)
+        self.norm1, self.conv1 = group_norm(width_in, groups), nn.Conv1d(width_in, width, kernel, padding=kernel // 2)
+        self.norm2, self.conv2 = group_norm(width, groups), nn.Conv1d(width, width, kernel, padding=kernel // 2)
         if width_in != width:
             self.nin_shortcut = nn.Conv1d(width_in, width, 1)
 
@@ -228,9 +229,9 @@ class ResidualBlock(nn.Module):
 class FrameAttention(nn.Module):
     """One head over all frames, in the middle of the encoder and of the decoder."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int, groups: int):
         super().__init__()
-        self.norm = group_norm(width)
+        self.norm = group_norm(width, groups)
         self.q, self.k, self.v, self.proj_out = (nn.Conv1d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -262,14 +263,14 @@ def named(**modules: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(modules))
 
 
-def level(width_in: int, width: int, blocks: int, kernel: int, **resample: nn.Module) -> nn.Sequential:
-    block = nn.Sequential(*(ResidualBlock(width_in if i == 0 else width, width, kernel) for i in range(blocks)))
+def level(width_in: int, width: int, blocks: int, kernel: int, groups: int, **resample: nn.Module) -> nn.Sequential:
+    block = nn.Sequential(*(ResidualBlock(width_in if i == 0 else width, width, kernel, groups) for i in range(blocks)))
     return named(block=block, **resample)
 
 
-def middle(width: int, kernel: int) -> nn.Sequential:
-    return named(block_1=ResidualBlock(width, width, kernel), attn_1=FrameAttention(width),
-                 block_2=ResidualBlock(width, width, kernel))
+def middle(width: int, kernel: int, groups: int) -> nn.Sequential:
+    return named(block_1=ResidualBlock(width, width, kernel, groups), attn_1=FrameAttention(width, groups),
+                 block_2=ResidualBlock(width, width, kernel, groups))
 
 
 class MelVAE(nn.Module):
@@ -277,20 +278,20 @@ class MelVAE(nn.Module):
 
     def __init__(self, config: VAEConfig):
         super().__init__()
-        c, k = config, config.kernel_size
+        c, k, groups = config, config.kernel_size, config.norm_groups
         widths = [c.channels * m for m in c.channel_mult]
         levels = range(len(widths))
-        down = [level(widths[max(i - 1, 0)], widths[i], c.res_blocks, k,
+        down = [level(widths[max(i - 1, 0)], widths[i], c.res_blocks, k, groups,
                       **({"downsample": Downsample(widths[i])} if i in c.down_levels else {})) for i in levels]
-        up = OrderedDict((str(i), level(widths[min(i + 1, len(widths) - 1)], widths[i], c.res_blocks + 1, 3,
+        up = OrderedDict((str(i), level(widths[min(i + 1, len(widths) - 1)], widths[i], c.res_blocks + 1, 3, groups,
                                         **({"upsample": Upsample(widths[i])} if i - 1 in c.down_levels else {})))
                          for i in reversed(levels))  # runs from the last level to the first, named by level
         same = {"kernel_size": k, "padding": k // 2}
         self.encoder = named(conv_in=nn.Conv1d(c.mel_bins, widths[0], **same), down=nn.Sequential(*down),
-                             mid=middle(widths[-1], k), norm_out=group_norm(widths[-1]), swish=nn.SiLU(),
+                             mid=middle(widths[-1], k, groups), norm_out=group_norm(widths[-1], groups), swish=nn.SiLU(),
                              conv_out=nn.Conv1d(widths[-1], 2 * c.z_channels, **same))
-        self.decoder = named(conv_in=nn.Conv1d(c.z_channels, widths[-1], **same), mid=middle(widths[-1], 3),
-                             up=nn.Sequential(up), norm_out=group_norm(widths[0]), swish=nn.SiLU(),
+        self.decoder = named(conv_in=nn.Conv1d(c.z_channels, widths[-1], **same), mid=middle(widths[-1], 3, groups),
+                             up=nn.Sequential(up), norm_out=group_norm(widths[0], groups), swish=nn.SiLU(),
                              conv_out=nn.Conv1d(widths[0], c.mel_bins, **same))
         self.quant_conv = nn.Conv1d(2 * c.z_channels, 2 * c.embed_dim, 1)
         self.post_quant_conv = nn.Conv1d(c.embed_dim, c.z_channels, 1)

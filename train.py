@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import os
+import platform
 import sys
 import time
 from contextlib import nullcontext
@@ -35,7 +36,7 @@ class Flags:
     stage: str = flag("all", "one stage to run, trained anew if its settings have changed", choices=("all", *STAGES))
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto is cuda where there is one")
     seed: int = flag(0, "seed of weights, noise and order of the data")
-    batch_size: int = flag(32, "clips per step")                    # the paper: 4 GPUs x 16
+    batch_size: int = flag(16, "clips per step")                    # the paper: 4 GPUs x 16
     vae_batch_size: int = flag(16, "clips per step of stage vae")
     vae_frames: int = flag(64, "mel frames cut from each clip in stage vae")  # a convolution needs no whole clips
     lr: float = flag(1.5e-3, "peak learning rate of the flow stages")  # a small network bears a large one
@@ -44,11 +45,11 @@ class Flags:
     lr_end: float = flag(0.05, "learning rate at the end of a stage, as a share of its peak; 1 keeps it constant")
     ema: float = flag(0.995, "decay of the weight average that is saved and sampled from; 0 is off")
     grad_clip: float = flag(1.0, "largest gradient norm")           # public code
-    vae_steps: int = flag(1800, "steps of stage vae")
-    cfm_steps: int = flag(1000, "steps of stage cfm")
-    rf1_steps: int = flag(200, "steps of stage rf1")
-    rf2_steps: int = flag(350, "steps of stage rf2")
-    distill_steps: int = flag(250, "steps of stage distill")
+    vae_steps: int = flag(1700, "steps of stage vae")
+    cfm_steps: int = flag(1600, "steps of stage cfm")
+    rf1_steps: int = flag(300, "steps of stage rf1")
+    rf2_steps: int = flag(600, "steps of stage rf2")
+    distill_steps: int = flag(400, "steps of stage distill")
     kl_weight: float = flag(3e-3, "weight of the VAE's KL term")     # ours: large enough for a smooth latent
     caption_dropout: float = flag(0.2, "share of captions replaced by '' in training")   # public code
     sigma_min: float = flag(1e-4, "noise left in the data end of stage cfm")             # public code
@@ -56,7 +57,7 @@ class Flags:
     logit_std: float = flag(1.0, "σ of the logit-normal timesteps of stage rf1")         # Eq. 6
     mix_exp_a: float = flag(4.0, "a of the Mix-Exp timesteps of stage rf2")              # Table 6: the best of 1, 2, 3, 4
     pairing: str = flag("immiscible", "how stage rf1 pairs noise and data", choices=("immiscible", "none"))
-    couplings: int = flag(1200, "(noise, sample) pairs that rf2 and distill are each trained on")
+    couplings: int = flag(1000, "(noise, sample) pairs that rf2 and distill are each trained on")
     coupling_steps: int = flag(6, "Euler steps per pair")
     guidance: float = flag(3.0, "ω of the couplings")               # not in the paper; public sampler: 3
     anchor_steps: int = flag(1, "iterations of the anchored optimisation per Euler step; 0 is plain guidance")
@@ -166,8 +167,11 @@ def is_done(run: Run, stage: str) -> bool:
     return not changed
 
 
-def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], loss_of) -> None:
-    """Train `parts` of the model on loss_of(step, generator) and save the result in the stage's folder."""
+def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], loss_of, spent: float = 0.0) -> None:
+    """Train `parts` of the model on loss_of(step, generator) and save the result in the stage's folder.
+
+    spent: seconds that the stage has taken already.
+    """
     flags, folder, settings = run.flags, run.folder(stage), settings_of(run, stage)
     steps, peak = getattr(flags, f"{stage}_steps"), flags.vae_lr if stage == "vae" else flags.lr
     parameters = {n: p for n, p in model.requires_grad_(False).named_parameters() if n.split(".")[0] in parts}
@@ -175,7 +179,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], loss_of
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters.values(), lr=peak, fused=run.device.type in ("cpu", "cuda"))
     average = {n: p.detach().clone() for n, p in parameters.items()}
-    start, spent, state_file = 0, 0.0, folder / "train_state.pt"
+    start, state_file = 0, folder / "train_state.pt"
     if state_file.exists():
         state = torch.load(state_file, map_location=run.device, weights_only=True)
         if state["settings"] == settings:
@@ -311,10 +315,8 @@ def train_on_couplings(run: Run, stage: str) -> None:
 
     began, own = time.time(), [flags.seed, *(getattr(flags, name) for name in REFLOW)]
     path = run.data.cache / f"couplings_{stage}-{digest(run.data.key, own, run.weights(teacher))}.npy"
-    if not path.exists():
-        pairs = cached(path, shape, fill)
-        print(f"{stage}: {len(pairs)} couplings in {time.time() - began:.0f} s")
     pairs = cached(path, shape, fill)
+    print(f"{stage}: {len(pairs)} couplings in {time.time() - began:.0f} s")
 
     def loss_of(step: int, generator: torch.Generator) -> Tensor:
         rows = batch_indices(len(pairs), flags.batch_size, step, flags.seed)
@@ -325,7 +327,7 @@ def train_on_couplings(run: Run, stage: str) -> None:
         t = fa.mix_exp(len(rows), flags.mix_exp_a, generator).to(run.device)
         return fa.rectified_flow_loss(model.dit, z1, z0, t, context_of(place[rows] * kept.numpy()))
 
-    fit(run, stage, model, ("dit",), loss_of)
+    fit(run, stage, model, ("dit",), loss_of, spent=time.time() - began)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -373,8 +375,9 @@ def evaluate(run: Run) -> None:
             if stage != "distill":
                 add(stage, wav24, 24, guidance, straight, elapsed24)
     spent = [json.loads((run.folder(s) / "config.json").read_text())["seconds"] for s in STAGES[:-1]]
-    hardware = (torch.cuda.get_device_name() if run.device.type == "cuda" else
-                f"{run.device.type}, {torch.get_num_threads()} threads") + f", torch {torch.__version__}"
+    chip = (torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else
+            f"{platform.processor() or platform.machine()} {run.device.type}, {torch.get_num_threads()} threads")
+    hardware = f"{chip}, torch {torch.__version__}"
     results = {"rows": table, "config": asdict(flags), "seed": flags.seed, "hardware": hardware,
                "seconds": round(sum(spent) + time.time() - began, 1)}
     write_atomically(Path(flags.out) / "results.json", json.dumps(results, indent=2).encode())
