@@ -136,7 +136,7 @@ def mel_basis(device: str = "cpu") -> Tensor:
 def mel_spectrogram(wav: Tensor) -> Tensor:
     """Waveform (B, samples) in [-1, 1] at 16 kHz -> log10 mel magnitude (B, 80, samples // 256); silence is -5.
 
-    The front end of Make-An-Audio and of BigVGAN: frame i is centred on sample 256 i + 128. Raises ValueError below 385
+    The front end of Make-An-Audio and of BigVGAN: frame i is centred on sample 256 i + 128. Raises InputError below 385
     samples, the shortest clip that can be padded by reflection.
     """
     pad = (N_FFT - HOP) // 2
@@ -164,7 +164,7 @@ def griffin_lim(mel: Tensor, iterations: int = 16) -> Tensor:
 
 
 def load_vocoder(name: str = "griffin-lim") -> Callable[[Tensor], Tensor]:
-    """The vocoder called `name`: log10 mel (B, 80, T) -> waveform (B, 256 T). Raises ValueError for an unknown name."""
+    """The vocoder called `name`: log10 mel (B, 80, T) -> waveform (B, 256 T). Raises InputError for an unknown name."""
     if name == "griffin-lim":
         return griffin_lim
     raise InputError(f"unknown vocoder '{name}': use griffin-lim")
@@ -173,7 +173,7 @@ def load_vocoder(name: str = "griffin-lim") -> Callable[[Tensor], Tensor]:
 def load_audio(path: str | Path, samples: int | None = None) -> Tensor:
     """An audio file -> mono float32 waveform (samples,) in [-1, 1] at 16 kHz; cut, or repeated, to `samples` if given.
 
-    WAV of any width is read with scipy, everything else through torchaudio and TorchCodec. Raises ValueError, in one line,
+    WAV of any width is read with scipy, everything else through torchaudio and TorchCodec. Raises InputError, in one line,
     for what cannot be read or holds no sound.
     """
     import torchaudio
@@ -649,11 +649,13 @@ def straightness(trajectory: Tensor, relative: bool = False) -> float:
 
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Fréchet distance of the Gaussians fitted to embeddings x (N, E) and y (M, E) (Heusel et al. 2017; FAD, fd)."""
+    def root(cov: Tensor) -> Tensor:                # cov^(1/2)
+        values, vectors = torch.linalg.eigh(cov)
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
     x, y = x.double().cpu(), y.double().cpu()
-    cov_x, cov_y = x.T.cov().reshape(x.shape[1], -1), y.T.cov().reshape(y.shape[1], -1)
-    values, vectors = torch.linalg.eigh(cov_x)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                     # cov_x^(1/2)
-    cross = torch.linalg.eigvalsh(root @ cov_y @ root).clamp(min=0).sqrt().sum()    # tr (cov_x cov_y)^(1/2)
+    cov_x, cov_y = x.T.cov(), y.T.cov()
+    cross = torch.linalg.svdvals(root(cov_x) @ root(cov_y)).sum()               # tr (cov_x cov_y)^(1/2)
     return ((x.mean(0) - y.mean(0)).pow(2).sum() + cov_x.trace() + cov_y.trace() - 2 * cross).item()
 
 
@@ -733,7 +735,8 @@ class FlashAudio(nn.Module):
 
         prompts: captions, or a context (B, N, D). steps: Euler steps; one for a distilled model. guidance: ω, 1 is none.
         seconds: length, rounded to latent frames. seed: the same seed gives the same clips; copies of one prompt in a batch
-        differ. z0 (B, C, L): the noise itself, in place of a seed. Raises ValueError for a length beyond the position table.
+        differ. z0 (B, C, L): the noise itself, in place of a seed. Raises InputError for a length beyond the position table.
+        The rest of the batch changes a latent by rounding alone, which Griffin-Lim can turn into other phases.
         """
         z = self.sample_latents(prompts, steps, guidance, seconds, seed, z0)
         return vocoder(self.decode(z)).float()
@@ -752,7 +755,7 @@ class FlashAudio(nn.Module):
     def from_pretrained(cls, source: str | Path, device: str = "cpu") -> "FlashAudio":
         """Load what save_pretrained wrote, from a folder or from a hub id such as "name/model". Evaluation mode.
 
-        Raises ValueError, in one line, when there is no model or its files do not fit each other.
+        Raises InputError, in one line, when there is no model or its files do not fit each other.
         """
         from safetensors.torch import load_file
         folder = Path(source)

@@ -55,7 +55,7 @@ class MLP(nn.Module):
         return self.layers(torch.cat([z, t[:, None]], 1))
 
 
-def fit(model: nn.Module, loss_of, steps: int, lr: float = 3e-3) -> nn.Module:
+def fit(model: nn.Module, loss_of, steps: int, lr: float = 1e-2) -> nn.Module:
     optimizer = torch.optim.Adam(model.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
@@ -120,15 +120,15 @@ def test_a_gaussian_flow_learns_the_analytic_velocity():
     model = MLP(1)
 
     def loss_of(g):
-        z0, z1 = torch.randn(512, 1, generator=g), mean + std * torch.randn(512, 1, generator=g)
-        return fa.rectified_flow_loss(model, z1, z0, fa.uniform(512, g), None)
+        z0, z1 = torch.randn(1024, 1, generator=g), mean + std * torch.randn(1024, 1, generator=g)
+        return fa.rectified_flow_loss(model, z1, z0, fa.uniform(1024, g), None)
 
-    fit(model, loss_of, 1500)
+    fit(model, loss_of, 2000)
     t = torch.linspace(0.02, 0.98, 25).repeat_interleave(9)
     variance = (1 - t) ** 2 + t ** 2 * std ** 2
     z = t * mean + variance.sqrt() * torch.linspace(-1.5, 1.5, 9).repeat(25)
     exact = mean + (t * std ** 2 - (1 - t)) / variance * (z - t * mean)                     # E[z1 - z0 | z_t = z]
-    assert (model(z[:, None], t, None)[:, 0] - exact).abs().mean() < 0.06
+    assert (model(z[:, None], t, None)[:, 0] - exact).abs().mean() < 0.03
     samples = fa.euler_sample(model, torch.randn(4000, 1, generator=rng(7)), torch.empty(4000), steps=50)
     assert samples.mean().item() == pytest.approx(mean, abs=0.05) and samples.std().item() == pytest.approx(std, abs=0.05)
 
@@ -225,7 +225,7 @@ def test_anchoring_approaches_the_unguided_path_and_stops_early():
     plain = fa.euler_sample(model.dit, z0, context, steps=4)
     guided = fa.euler_sample(model.dit, z0, context, null, 4, 5.0)
     never = fa.anchored_sample(counted, z0, context, null, 4, 5.0, anchor_steps=10, tolerance=1e9)
-    assert len(calls) == 4 + 4 * 3                  # the anchor; then per step v_c, one look at the loss, and v_∅
+    assert len(calls) == 4 + 4 * 2                  # the anchor; then per step v_c and v_∅, and no iteration
     torch.testing.assert_close(never, guided)       # stopped before the first iteration: plain guidance
     distance = [(fa.anchored_sample(model.dit, z0, context, null, 4, 5.0, n, lr=0.05, tolerance=0.0) - plain).norm().item()
                 for n in (3, 30)]
@@ -287,10 +287,13 @@ def test_generate_is_reproducible_and_independent_of_the_batch(tmp_path):
     assert torch.equal(wav, model.generate(["rain", "a bell", "rain"], seed=3))
     assert (wav - model.generate(["rain", "a bell", "rain"], seed=9)).abs().max() > 1e-3
     assert (wav[0] - wav[2]).abs().max() > 1e-3                                 # a second take of the same prompt
-    torch.testing.assert_close(wav[1:2], model.generate(["a bell"], seed=3), atol=1e-3, rtol=0)
+    latents = model.sample_latents(["rain", "a bell", "rain"], seed=3)
+    torch.testing.assert_close(latents[1:2], model.sample_latents(["a bell"], seed=3), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(latents[2:], model.sample_latents(["rain", "rain"], seed=3)[1:], atol=1e-4, rtol=1e-5)
     context = model.text(["rain", "a bell"])
     z0 = torch.randn(2, 20, 16, generator=rng())
-    torch.testing.assert_close(model.generate(context, 4, 2.0, z0=z0), model.generate(["rain", "a bell"], 4, 2.0, z0=z0))
+    torch.testing.assert_close(model.sample_latents(context, 4, 2.0, z0=z0), model.sample_latents(["rain", "a bell"], 4, 2.0, z0=z0))
+    assert model.generate(context, z0=z0).shape == (2, 32 * 256)
     assert model.generate(["rain"], seconds=0.5).shape == (1, 32 * 256 // 32 * 32)
     with pytest.raises(InputError, match="too long"):
         model.generate(["rain"], seconds=60)
@@ -502,9 +505,9 @@ def test_sample_writes_wavs_and_pictures(trained, tmp_path):
     rate, wav = wavfile.read(tmp_path / "a/tone-number-2-1.wav")
     assert rate == 16000 and wav.dtype == np.int16 and wav.shape == (32768,)
     run("sample.py", *model, "tone number 2", "--n", 2, "--out", tmp_path / "b", "--seed", 5)
-    assert np.abs(wavfile.read(tmp_path / "b/tone-number-2-1.wav")[1].astype(int) - wav).max() <= 3     # of 32767
+    assert np.array_equal(wavfile.read(tmp_path / "b/tone-number-2-1.wav")[1], wav)         # whatever else was asked for
     run("sample.py", *model, "tone number 2", "--n", 2, "--out", tmp_path / "c", "--seed", 7)
-    assert np.abs(wavfile.read(tmp_path / "c/tone-number-2-1.wav")[1].astype(int) - wav).max() > 3
+    assert not np.array_equal(wavfile.read(tmp_path / "c/tone-number-2-1.wav")[1], wav)
 
 
 BAD_TRAIN = {

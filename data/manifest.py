@@ -84,7 +84,7 @@ class Data:
         self.rows, problems = read_manifest(manifest)
         total = len(self.rows) + len(problems)
         if not self.rows:
-            raise InputError(f"{manifest}: holds no usable clips" + f"; the first: {problems[0]}" * bool(problems))
+            raise InputError(f"{manifest}: holds no usable clips" + "".join(f"; {line}" for line in problems[:1]))
         self.captions, paths = [r["caption"] for r in self.rows], [r["audio_path"] for r in self.rows]
         files = [(p, os.stat(p).st_size, os.stat(p).st_mtime_ns) if os.path.exists(p) else p for p in paths]
         self.key = digest(files, self.captions, [r.get("split") for r in self.rows], frames)
