@@ -10,6 +10,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -493,6 +494,23 @@ def test_train_skips_what_is_done_and_refuses_other_settings(trained):
     assert again.returncode == 0 and again.stdout.count("done already") == 5 and weights.stat().st_mtime_ns == before
     other = run(*common, *QUICK, "--lr", 0.5)
     assert other.returncode == 2 and "other settings" in other.stderr and "Traceback" not in other.stderr
+
+
+def test_a_killed_run_continues_to_the_same_weights(trained, tmp_path):
+    flags = ["--data", str(trained / "clips/manifest.csv"), "--stage", "vae", "--vae_steps", "60", "--save_every", "0"]
+    whole = run("train.py", *flags, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    state = tmp_path / "killed/vae/train_state.pt"
+    process = subprocess.Popen([sys.executable, "train.py", *flags, "--out", str(tmp_path / "killed")], cwd=ROOT)
+    while not state.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed/vae/model.safetensors").exists()             # it was killed on the way
+    again = run("train.py", *flags, "--out", tmp_path / "killed")
+    assert again.returncode == 0 and "continuing at step" in again.stdout
+    weights = [(tmp_path / name / "vae/model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert weights[0] == weights[1]
 
 
 def test_sample_writes_wavs_and_pictures(trained, tmp_path):

@@ -33,7 +33,7 @@ FADE = 640            # samples (40 ms) at both ends of a sound and where one gi
 LOUDNESS = 0.13       # RMS of a sound's loudest 64 ms: noise, with peaks at four times that, stays below full scale
 CAPTION_BYTES = 60    # the text encoder cuts at 64 tokens of one byte each
 JUDGE_BAR = 0.95      # accuracy on real clips below which the judge refuses to judge
-VERSION = 2           # increase it when sounds or judge change: what was written before is then made again
+VERSION = 3           # increase it when sounds or judge change: what was written before is then made again
 
 PHRASES = {  # every kind of sound, and what captions call it
     "tone": ("a {} tone", "a {} note"),
@@ -80,20 +80,23 @@ def band_noise(rng: np.random.Generator, samples: int, low: float, high: float) 
 
 
 def sound(kind: str, detail: str, t: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One kind of sound at the times t (samples,) in seconds, at any level. To add a kind: a case here, a line in PHRASES."""
-    n, seconds, steady, draw = len(t), len(t) / SAMPLE_RATE, np.ones(len(t)), rng.uniform
+    """One kind of sound at the times t (samples,) in seconds, at any level. To add a kind: a case here, a line in PHRASES.
+
+    Steady sounds have a few pitches each: a small VAE needs far longer to place thin lines just anywhere.
+    """
+    n, seconds, steady, draw, pick = len(t), len(t) / SAMPLE_RATE, np.ones(len(t)), rng.uniform, rng.choice
     match kind:
         case "tone":
-            return harmonics(steady * (draw(1100, 1700) if detail == "high" else draw(280, 420)), [1, 0.5, 0.25, 0.12])
+            return harmonics(steady * pick((1200, 1400, 1600) if detail == "high" else (280, 330, 390)), [1, 0.5, 0.25, 0.12])
         case "chirp":
             return harmonics(draw(300, 450) * draw(6, 8) ** (t / seconds if detail == "up" else 1 - t / seconds), [1, 0.3])
         case "siren":  # about two swings a second over 1.2 octaves
             return harmonics(draw(750, 900) * 1.5 ** np.sin(2 * np.pi * (draw(1.8, 2.6) * t + draw())), [1, 0.5, 0.3])
         case "buzz":
-            return harmonics(steady * draw(100, 145), [k * np.exp(-k / 8) for k in range(1, 30)])  # brightest at 1 kHz
+            return harmonics(steady * pick((100, 115, 130, 145)), [k * np.exp(-k / 8) for k in range(1, 30)])  # brightest at 1 kHz
         case "bell":  # inharmonic partials: ratio to the strike note, level, decay in seconds
             partials = ((1, 1, 0.9), (2, 0.7, 0.7), (2.4, 0.6, 0.6), (3, 0.4, 0.45), (4.5, 0.4, 0.3), (5.4, 0.3, 0.2))
-            strike = 2 * np.pi * draw(500, 800)
+            strike = 2 * np.pi * pick((500, 580, 670, 780))
             return sum(level * np.exp(-t / decay) * np.sin(ratio * strike * t) for ratio, level, decay in partials)
         case "knocks":  # low and woody, spread over the time there is
             gap = draw(0.85, 1) * (seconds - 0.25) / int(detail)
