@@ -310,7 +310,7 @@ def vae_loss(vae: MelVAE, mel: Tensor, noise: Tensor, kl_weight: float) -> Tenso
     """Squared error of the mel plus kl_weight x KL(posterior || N(0, I)) per latent element; noise (B, C, L) ~ N(0, I).
 
     Ours: the public VAE is trained with an absolute error and a discriminator. Squared, a missed loud line on a quiet ground
-    weighs what it weighs to the ear: at toy size twice as many clips are recognised afterwards.
+    weighs more: in one comparison at toy size, 60 s each, the judge knew 75% of the clips afterwards instead of 50%.
     """
     mean, logvar = vae.encode(mel)
     kl = 0.5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()

@@ -26,7 +26,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="length in seconds [that of the training clips]")
     parser.add_argument("--seed", type=int, default=0, help="take k of a prompt has the noise of seed + k [0]")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to [samples]")
-    parser.add_argument("--batch_size", type=int, help="clips made at once [1 on a CPU, where more is no faster, else 16]")
+    parser.add_argument("--batch_size", type=int, help="clips made at once [1 on a CPU, so that a clip is the same to the bit in any company; else 16]")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto is cuda where there is one [auto]")
     parser.add_argument("--vocoder", default="griffin-lim", help="mel to waveform [griffin-lim]")
     return parser.parse_args(argv)
