@@ -37,6 +37,7 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Callable
 
 import numpy as np
@@ -82,15 +83,20 @@ class DiTConfig:
     num_heads: int = 32
     depth: int = 16                                # blocks
     max_len: int = 1000                            # longest latent (frames) that the position table reaches
+    absolute_positions: bool = False               # tell each frame its place too, not only its distance to others; see DiT
 
 
 @dataclass
 class TextConfig:
-    """Captions to contexts. "bytes" is a small ByT5-like encoder that is trained here and needs no download."""
+    """Captions to contexts: "bytes" is trained here and needs no download, "make-an-audio" is the text stage of the public
+    checkpoints, and any other name is a transformers text model, frozen: a folder or a hub id, CLAP, T5, BERT and the like."""
     encoder: str = "bytes"
-    max_length: int = 128                          # tokens N; longer captions are cut, shorter ones padded
+    max_length: int = 128                          # bytes or tokens; longer captions are cut, shorter ones padded
     layers: int = 4                                # of the byte encoder; its width is DiTConfig.context_dim
     heads: int = 8
+    bert: dict = field(default_factory=dict)       # of make-an-audio: sizes, by the names of transformers; empty: it has none
+    t5: dict = field(default_factory=dict)
+    tokenizers: tuple[str, ...] = ()               # of make-an-audio: hub ids or folders, read when a caption comes
 
 
 @dataclass
@@ -104,15 +110,15 @@ class FlashAudioConfig:
     @classmethod
     def from_dict(cls, d: dict) -> "FlashAudioConfig":
         """Read a config.json; keys that are not ours are left alone."""
-        vae = VAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in d["vae"].items()})
-        return cls(vae, DiTConfig(**d["dit"]), TextConfig(**d["text"]), d["frames"], d["integer_time"])
+        vae, dit, text = ({k: tuple(v) if isinstance(v, list) else v for k, v in d[part].items()} for part in ("vae", "dit", "text"))
+        return cls(VAEConfig(**vae), DiTConfig(**dit), TextConfig(**text), d["frames"], d["integer_time"])
 
 
 PRESETS: dict[str, FlashAudioConfig] = {
     # ours: 2.048 s, about 5M parameters, trained on a laptop CPU in minutes
     "toy": FlashAudioConfig(
         VAEConfig(channels=64, channel_mult=(1, 1, 1), res_blocks=1, down_levels=(0, 1), norm_groups=4),
-        DiTConfig(context_dim=128, hidden_size=192, num_heads=6, depth=4, max_len=256),
+        DiTConfig(context_dim=128, hidden_size=192, num_heads=6, depth=4, max_len=256, absolute_positions=True),
         TextConfig(max_length=64, layers=2, heads=4), frames=128),
     # Table 5 gives parameter counts alone; hidden size and depth of small and large are chosen to meet them
     "small": FlashAudioConfig(dit=DiTConfig(hidden_size=512, num_heads=16, depth=12)),   # 74M
@@ -163,11 +169,19 @@ def griffin_lim(mel: Tensor, iterations: int = 16) -> Tensor:
     return F.pad(wav, (HOP // 2, -HOP // 2)).clamp(-1, 1)                       # from frames at 256 i to frames at 256 i + 128
 
 
-def load_vocoder(name: str = "griffin-lim") -> Callable[[Tensor], Tensor]:
-    """The vocoder called `name`: log10 mel (B, 80, T) -> waveform (B, 256 T). Raises InputError for an unknown name."""
+def load_vocoder(name: str = "griffin-lim", device: str = "cpu") -> Callable[[Tensor], Tensor]:
+    """The vocoder called `name`: a function from log10 mel (B, 80, T) to waveform (B, 256 T) in [-1, 1].
+
+    griffin-lim; hifigan:<hub id or folder>; bigvgan:<checkpoint or its folder>. Raises InputError for another name, or
+    where there is no such model.
+    """
+    kind, _, source = name.partition(":")
     if name == "griffin-lim":
         return griffin_lim
-    raise InputError(f"unknown vocoder '{name}': use griffin-lim")
+    if not source or kind not in ("hifigan", "bigvgan"):
+        raise InputError(f"unknown vocoder '{name}': use griffin-lim, hifigan:<hub id or folder> or bigvgan:<folder>")
+    from data import public
+    return public.load_hifigan(source, device) if kind == "hifigan" else public.load_bigvgan(source, device)
 
 
 def load_audio(path: str | Path, samples: int | None = None) -> Tensor:
@@ -323,41 +337,107 @@ def vae_loss(vae: MelVAE, mel: Tensor, noise: Tensor, kl_weight: float) -> Tenso
 
 
 class TextEncoder(nn.Module):
-    """A small ByT5: bytes in, T5 encoder layers, one context token per byte. Trained with the flow up to the 1-RF.
+    """Bytes in, T5 encoder layers over words, one context token per word. Trained with the flow up to the 1-RF.
 
-    Each byte also carries learned embeddings of the 3, 4 and 5 bytes that end with it, looked up by hash as in the Byte Latent
-    Transformer (Pagnoni et al. 2024): words need not be spelled out by attention first, which a short training never gets to.
-    Every caption takes N tokens and padding is attended to like any other token, here and in the backbone: that is how the
+    A word is the sum of the embeddings of its bytes and of its 3, 4 and 5 byte pieces, looked up by hash (fastText, Bojanowski
+    et al. 2017), so that spelling need not be learnt by attention first. T5's attention is relative: what comes first in the
+    caption is told by turning each word by its place, as RoPE turns queries.
+    Every caption takes N / 4 tokens and padding is attended to like any other token, here and in the backbone: that is how the
     public systems work, and what makes a context independent of the batch it was made in.
     """
-    NGRAMS, BUCKETS = (3, 4, 5), 4096
+    PIECES, BUCKETS, SPACE = (3, 4, 5), 4096, 3 + ord(" ")
+    trained = True
 
     def __init__(self, config: TextConfig, width: int):
         super().__init__()
-        if config.encoder != "bytes":
-            raise InputError(f"unknown text encoder '{config.encoder}': use bytes")
         from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
-        self.max_length, self.tokenizer = config.max_length, ByT5Tokenizer()
+        self.max_length, self.words, self.tokenizer = config.max_length, config.max_length // 4, ByT5Tokenizer()
         self.model = T5EncoderModel(T5Config(
             vocab_size=len(self.tokenizer), d_model=width, d_kv=width // config.heads, d_ff=2 * width,
             num_layers=config.layers, num_heads=config.heads, dropout_rate=0.0))
-        self.ngrams = nn.Embedding(len(self.NGRAMS) * self.BUCKETS, width)
-        nn.init.normal_(self.ngrams.weight, std=0.3)
+        self.pieces = nn.Embedding(len(self.PIECES) * self.BUCKETS, width)
+        nn.init.normal_(self.pieces.weight, std=0.3)
+        half_turn = torch.arange(self.words)[:, None] * math.pi / self.words    # the fastest goes round by π over a caption
+        angle = half_turn * 2.0 ** (-torch.arange(width // 2) / (width / 8))
+        self.register_buffer("turn", torch.stack([angle.cos(), angle.sin()]), persistent=False)
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """Captions -> token ids (B, N); padding is 0, byte b is b + 3."""
+        """Captions -> byte ids (B, max_length); padding is 0, byte b is b + 3."""
         return self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.max_length,
                               return_attention_mask=False, return_tensors="pt").input_ids
 
     def forward(self, captions: list[str] | Tensor) -> Tensor:
-        """Captions, or their token ids (B, N) -> context (B, N, D)."""
+        """Captions, or their byte ids (B, max_length) -> context (B, N = max_length / 4, D)."""
         ids = (captions if isinstance(captions, Tensor) else self.tokenize(captions)).to(self.model.device)
-        x = self.model.shared(ids)                                              # (B, N, D)
-        for i, n in enumerate(self.NGRAMS):
+        word = (ids == self.SPACE).cumsum(1)                                    # the word that each byte belongs to
+        x = self.model.shared(ids)                                              # (B, bytes, D)
+        for i, n in enumerate(self.PIECES):
+            last, same = (F.pad(u, (n - 1, 0), value=-1).unfold(1, n, 1) for u in (ids, word))      # (B, bytes, n)
             power = torch.tensor([389 ** k % self.BUCKETS for k in range(n)], device=ids.device)    # 389: a prime > 384 ids
-            last = F.pad(ids, (n - 1, 0)).unfold(1, n, 1)                       # (B, N, n)
-            x = x + self.ngrams((last * power).sum(-1) % self.BUCKETS + i * self.BUCKETS)
-        return self.model(inputs_embeds=x, attention_mask=torch.ones_like(ids)).last_hidden_state
+            piece = (last * (same == word[..., None]) * power).sum(-1) % self.BUCKETS
+            x = x + self.pieces(piece + i * self.BUCKETS)
+        member = F.one_hot(word.clamp(max=self.words - 1), self.words) * (ids > 0)[..., None]       # (B, bytes, N)
+        x = rotate(member.transpose(1, 2).to(x) @ x, self.turn)                 # (B, N, D)
+        return self.model(inputs_embeds=x, attention_mask=torch.ones_like(x[..., 0])).last_hidden_state
+
+
+class PretrainedText(nn.Module):
+    """A frozen text model of transformers (the text tower of CLAP, T5, BERT ...), by folder or hub id -> its token states.
+
+    Padding is masked inside the model, as in its own training, and its states are set to zero. The model is no submodule: its
+    weights are not ours to save again with every stage.
+    """
+    trained = False
+
+    def __init__(self, config: TextConfig, width: int):
+        super().__init__()
+        from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, ClapTextModel
+        kind = hub_model(AutoConfig, config.encoder)
+        model = hub_model(ClapTextModel if kind.model_type.startswith("clap") else AutoModelForTextEncoding, config.encoder)
+        self.held = [model.eval().requires_grad_(False)]
+        self.tokenizer, self.max_length = hub_model(AutoTokenizer, config.encoder), config.max_length
+        if model.config.hidden_size != width:
+            raise InputError(f"{config.encoder} has width {model.config.hidden_size}, the backbone's context_dim is {width}")
+
+    def _apply(self, fn, recurse: bool = True):         # .to(device) reaches the model all the same
+        self.held[0]._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Captions -> ids and mask, (B, 2, N)."""
+        held = self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.max_length, return_tensors="pt")
+        return torch.stack([held.input_ids, held.attention_mask], 1)
+
+    def forward(self, captions: list[str] | Tensor) -> Tensor:
+        """Captions, or what `tokenize` returns -> context (B, N, D)."""
+        model = self.held[0]
+        ids, mask = (captions if isinstance(captions, Tensor) else self.tokenize(captions)).to(model.device).unbind(1)
+        return model(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+
+
+def hub_model(auto: type, source: str):
+    """auto.from_pretrained(source), with an error of one line."""
+    try:
+        return auto.from_pretrained(source)
+    except Exception as e:                          # transformers and the hub have many
+        raise InputError(f"{source}: not loaded by {auto.__name__} ({(str(e) or type(e).__name__).splitlines()[0]})") from e
+
+
+def pretrained_width(source: str) -> int:
+    """Width D of the token states of a transformers text model."""
+    from transformers import AutoConfig
+    config = hub_model(AutoConfig, source)
+    return getattr(config, "text_config", config).hidden_size
+
+
+def text_encoder(config: TextConfig, width: int) -> nn.Module | None:
+    """The text encoder that `config.encoder` names, with contexts of `width`."""
+    if config.encoder == "none":                    # a model that is given contexts
+        return None
+    if config.encoder == "make-an-audio":
+        from data.public import MakeAnAudioText
+        return MakeAnAudioText(config, width)
+    return (TextEncoder if config.encoder == "bytes" else PretrainedText)(config, width)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -373,7 +453,7 @@ def rope_table(length: int, head_width: int) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn neighbouring elements (2i, 2i + 1) of x (B, H, L, head width) as complex numbers."""
+    """Turn neighbouring elements (2i, 2i + 1) of x (..., L, width) as complex numbers."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope.to(x.dtype)
     return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
@@ -454,7 +534,12 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer of Make-An-Audio 3 ("Flag-DiT"): adaLN from time and pooled text, gated text attention."""
+    """Diffusion transformer of Make-An-Audio 3 ("Flag-DiT"): adaLN from time and pooled text, gated text attention.
+
+    RoPE tells frames how far apart they are, not where they are. At t = 0, where every frame is noise, nothing else tells the
+    first half of "a bell followed by rain" from the second, and that is all the distilled model sees. `absolute_positions` adds
+    the sinusoids of Vaswani et al. (2017) to the input; it has no parameters.
+    """
 
     def __init__(self, config: DiTConfig):
         super().__init__()
@@ -465,6 +550,8 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, c.context_dim, c.num_heads) for _ in range(c.depth))
         self.final_layer = FinalLayer(width, c.in_channels)
         self.register_buffer("rope", rope_table(c.max_len, width // c.num_heads), persistent=False)
+        places = torch.cat([*rope_table(c.max_len, width)], dim=-1) * c.absolute_positions
+        self.register_buffer("places", places, persistent=False)                # (max_len, width)
         self.apply(self._init)
         for layer in [self.final_layer.linear, *(m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer))]:
             nn.init.zeros_(layer.weight)            # an untrained network returns 0
@@ -484,7 +571,7 @@ class DiT(nn.Module):
             raise InputError(f"{z.shape[-1]} latent frames, but the position table ends at {self.rope.shape[1]}")
         rope = self.rope[:, :z.shape[-1]]
         c = self.t_embedder(1000 * t) + self.cap_embedder(context.mean(1))      # (B, width)
-        x = self.proj_in(z.transpose(1, 2))                                     # (B, L, width)
+        x = self.proj_in(z.transpose(1, 2)) + self.places[:z.shape[-1]]         # (B, L, width)
         for block in self.blocks:
             x = block(x, c, context, rope)
         return self.final_layer(x, c).transpose(1, 2).float()
@@ -681,10 +768,13 @@ class FlashAudio(nn.Module):
         super().__init__()
         self.config = config
         self.vae = MelVAE(config.vae)
-        self.text = TextEncoder(config.text, config.dit.context_dim)
+        self.text = text_encoder(config.text, config.dit.context_dim)
         self.dit = DiT(config.dit)
         self.register_buffer("scale_factor", torch.ones(()))
         self.stride = 2 ** len(config.vae.down_levels)      # mel frames per latent frame
+        self.vocoder: Callable[[Tensor], Tensor] = griffin_lim
+        self.notes: dict = {}                               # further keys of config.json: stage, settings ...
+        self.card = ""                                      # its model card, README.md
 
     @property
     def device(self) -> torch.device:
@@ -718,6 +808,8 @@ class FlashAudio(nn.Module):
                        return_trajectory: bool = False) -> Tensor:
         """Prompts, or a context (B, N, D) -> z1 (B, C, L); arguments as in `generate`."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            if self.text is None and (guidance != 1.0 or not isinstance(prompts, Tensor)):
+                raise InputError("this model has no text stage: pass contexts (B, N, D) as prompts, and no guidance")
             context = prompts.to(self.device) if isinstance(prompts, Tensor) else self.text(prompts)
             null = self.text([""]).expand(len(context), -1, -1) if guidance != 1.0 else None
             if z0 is None:
@@ -730,7 +822,7 @@ class FlashAudio(nn.Module):
     @torch.no_grad()
     def generate(self, prompts: list[str] | Tensor, steps: int = 1, guidance: float = 1.0, seconds: float | None = None,
                  seed: int | None = None, z0: Tensor | None = None,
-                 vocoder: Callable[[Tensor], Tensor] = griffin_lim) -> Tensor:
+                 vocoder: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """Text to audio -> waveform (B, samples) float32 in [-1, 1] at 16 kHz.
 
         prompts: captions, or a context (B, N, D). steps: Euler steps; one for a distilled model. guidance: ω, 1 is none.
@@ -739,17 +831,31 @@ class FlashAudio(nn.Module):
         The rest of the batch changes a latent by rounding alone, which Griffin-Lim can turn into other phases.
         """
         z = self.sample_latents(prompts, steps, guidance, seconds, seed, z0)
-        return vocoder(self.decode(z)).float()
+        return (vocoder or self.vocoder)(self.decode(z)).float()
 
     def save_pretrained(self, folder: str | Path, **notes) -> None:
-        """Write config.json and model.safetensors, each whole or not at all. notes: further keys for config.json."""
-        from safetensors.torch import save
+        """Write config.json, model.safetensors and, if there is a model card, README.md, each whole or not at all.
+
+        notes: further keys for config.json.
+        """
+        from safetensors.torch import save_model
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        state = {k: v.detach().cpu().contiguous() for k, v in self.state_dict().items()}
-        state.pop("text.model.shared.weight", None)     # the same tensor as text.model.encoder.embed_tokens.weight
-        write_atomically(folder / "model.safetensors", save(state))
-        write_atomically(folder / "config.json", json.dumps({**asdict(self.config), **notes}, indent=2).encode())
+        save_model(self, str(folder / "model.safetensors.tmp"))
+        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+        self.notes.update(notes)
+        write_atomically(folder / "config.json", json.dumps({**asdict(self.config), **self.notes}, indent=2).encode())
+        if self.card:
+            write_atomically(folder / "README.md", self.card.encode())
+
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
+        """Upload to the hub what save_pretrained writes -> the address. from_pretrained(repo_id) loads it again."""
+        from huggingface_hub import HfApi
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="flashaudio model"))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str = "cpu") -> "FlashAudio":
@@ -757,22 +863,46 @@ class FlashAudio(nn.Module):
 
         Raises InputError, in one line, when there is no model or its files do not fit each other.
         """
-        from safetensors.torch import load_file
+        from safetensors.torch import load_model
         folder = Path(source)
         try:
             if not folder.exists() and str(source).count("/") == 1:
                 from huggingface_hub import snapshot_download
-                folder = Path(snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors"]))
-            model = cls(FlashAudioConfig.from_dict(json.loads((folder / "config.json").read_text())))
-            state = load_file(folder / "model.safetensors")
-            if "text.model.encoder.embed_tokens.weight" in state:
-                state["text.model.shared.weight"] = state["text.model.encoder.embed_tokens.weight"]
-            model.load_state_dict(state)
+                folder = Path(snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors", "README.md"]))
+            held = json.loads((folder / "config.json").read_text())
+            model = cls(FlashAudioConfig.from_dict(held))
+            load_model(model, folder / "model.safetensors")
         except FileNotFoundError as e:
             raise InputError(f"{source}: no model here ({Path(e.filename or 'model.safetensors').name} is missing)") from e
         except Exception as e:                          # safetensors, JSON, torch and the hub each have errors of their own
             raise InputError(f"{source}: not a readable model ({(str(e) or type(e).__name__).splitlines()[0]})") from e
+        model.notes = {k: v for k, v in held.items() if k not in asdict(model.config)}
+        model.card = card.read_text(encoding="utf-8") if (card := folder / "README.md").exists() else ""
         return model.to(device).eval()
+
+    @classmethod
+    def from_make_an_audio(cls, checkpoint: str | Path, text: tuple[str, ...] | None = None, vocoder: str = "griffin-lim",
+                           device: str = "cpu") -> "FlashAudio":
+        """Load a public checkpoint of Make-An-Audio 3, of any size: VAE, DiT, text stage and latent scale. Evaluation mode.
+
+        checkpoint: a file or "repo_id:path/in/repo". text: where its tokenizers are, hub ids or folders, BERT's and T5's; by
+        default the ones it was trained with, fetched when the first caption comes. vocoder: as in load_vocoder. Raises
+        InputError, in one line, for a file that is no such checkpoint, with the keys that are missing or left over.
+        """
+        from data import public
+        state = public.rename(read_checkpoint(checkpoint))
+        try:
+            model = cls(public.make_an_audio_config(state, text))
+            ours = model.state_dict().keys()
+            missing, surplus = (sorted(map(public.their_name, keys)) for keys in (ours - state.keys(), state.keys() - ours))
+            if missing or surplus:
+                raise InputError(f"{checkpoint}: keys missing: {missing}, keys left over: {surplus}")
+            model.load_state_dict(state)
+        except (KeyError, IndexError, AttributeError, RuntimeError) as e:
+            raise InputError(f"{checkpoint}: not a Make-An-Audio 3 checkpoint (missing or misshapen: {' '.join(str(e).split())})") from e
+        model.vocoder = load_vocoder(vocoder, device)
+        return model.to(device).eval()
+
 
 
 def find_device(name: str = "auto") -> torch.device:
@@ -793,3 +923,27 @@ def write_atomically(path: Path, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+
+
+def read_checkpoint(source: str | Path) -> dict:
+    """What a checkpoint file holds: a local path, or "repo_id:path/in/repo" on the hub. Nothing in it is ever executed.
+
+    Raises InputError for a file that is missing, is no checkpoint, or holds pickled objects besides tensors and plain values.
+    """
+    from safetensors.torch import load_file
+    path = Path(source)
+    try:
+        if not path.exists() and ":" in str(source):
+            from huggingface_hub import hf_hub_download
+            path = Path(hf_hub_download(*str(source).split(":", 1)))
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise InputError(f"{source}: no such checkpoint; a file, or repo_id:path/in/repo") from e
+    except Exception as e:                          # torch, pickle, zip, safetensors and the hub each have errors of their own
+        why = "it holds pickled objects besides tensors" if "weights_only" in str(e).lower() else str(e) or type(e).__name__
+        raise InputError(f"{source}: not read as a checkpoint ({why.splitlines()[0]})") from e
+    if not isinstance(held, dict):
+        raise InputError(f"{source}: not a checkpoint, but a {type(held).__name__}")
+    return held

@@ -21,6 +21,7 @@ from scipy.io import wavfile
 from torch import nn
 
 import flashaudio as fa
+from data import public
 from flashaudio import DiT, DiTConfig, FlashAudio, FlashAudioConfig, InputError, MelVAE, TextConfig, VAEConfig
 
 ROOT = Path(__file__).resolve().parent
@@ -418,6 +419,31 @@ def test_parity_sampler_and_training_objective():
     assert_parity(loss, io["train_loss"])
 
 
+@public_fixtures
+@torch.no_grad()
+def test_parity_bigvgan():
+    io, vocoder = fixture("bigvgan_io"), fa.load_vocoder(f"bigvgan:{PARITY / 'bigvgan_weights.safetensors'}")
+    assert_parity(vocoder(io["mel"])[:, None], io["wav"])
+    model = public.build_bigvgan(fixture("bigvgan_weights"), {})
+    assert_parity(model.resblocks[0].activations[0](io["act_in"]), io["act_out"])
+
+
+@public_fixtures
+@torch.no_grad()
+def test_parity_of_a_whole_public_checkpoint(tmp_path):
+    """VAE, DiT and text stage in one Lightning file, as the public ones are."""
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert/config.json").write_text(json.dumps({"num_attention_heads": 4}))      # the one size no tensor tells
+    parts = {"first_stage_model": "vae", "model.diffusion_model": "dit", "cond_stage_model": "text"}
+    state = {f"{prefix}.{k}": v for prefix, part in parts.items() for k, v in fixture(f"{part}_weights").items()}
+    torch.save({"state_dict": {**state, "scale_factor": torch.tensor(0.7), "betas": torch.zeros(1000)}}, tmp_path / "public.ckpt")
+    model = FlashAudio.from_make_an_audio(tmp_path / "public.ckpt", text=(str(tmp_path / "bert"), "unused"))
+    io, cfm = fixture("text_io"), fixture("cfm_io")
+    assert_parity(model.text(torch.cat([io["bert_input_ids"], io["t5_input_ids"]], 1)), io["context"])
+    assert (model.sample_latents(cfm["cond"], 4, z0=cfm["x0"]) - cfm["final_no_cfg"]).abs().max() < 1e-5
+    assert model.scale_factor == 0.7 and model.config.dit == DiTConfig(20, 48, 64, 4, 2)
+
+
 PARITY_MEL = """
 import torch, flashaudio as fa
 from safetensors.torch import load_file
@@ -439,6 +465,243 @@ def test_parity_mel():
         assert portable[0] < 1e-5
     io = fixture("mel_io")
     assert_parity(fa.mel_basis(), io["mel_basis"])
+
+
+# ---- other people's models, small ones that are built and saved here --------------------------------------------------------
+
+def save_tokenizer(folder: Path) -> None:
+    """One token per letter: padding is 0, an unknown character 1."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    letters = {c: i for i, c in enumerate(["[PAD]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz<>&@"])}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def public_checkpoint(tmp_path_factory) -> Path:
+    """A folder with a tiny Make-An-Audio 3 checkpoint, public.ckpt, and its tokenizers, bert/ and t5/."""
+    folder = tmp_path_factory.mktemp("public")
+    for name in ("bert", "t5"):
+        save_tokenizer(folder / name)
+    (folder / "bert/config.json").write_text(json.dumps({"model_type": "bert", "num_attention_heads": 2}))
+    (folder / "t5/config.json").write_text(json.dumps({"model_type": "t5"}))
+    config = FlashAudioConfig(
+        VAEConfig(channels=32, channel_mult=(1, 2), res_blocks=1), DiTConfig(context_dim=16, hidden_size=32, num_heads=2, depth=1),
+        TextConfig("make-an-audio", max_length=77, tokenizers=(str(folder / "bert"), str(folder / "t5")), bert=dict(
+            vocab_size=40, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32,
+            max_position_embeddings=80), t5=dict(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)),
+        integer_time=True)
+    torch.manual_seed(0)
+    model = FlashAudio(config).eval()
+    for p in model.dit.parameters():
+        nn.init.normal_(p, std=0.2)
+    model.scale_factor.fill_(0.7)
+    model.save_pretrained(folder / "ours")
+    state = {public.their_name(k): v for k, v in model.state_dict().items()}
+    state |= {"alphas_cumprod": torch.zeros(1000), "cond_stage_model.caption_encoder.base.embeddings.position_ids": torch.zeros(1, 80)}
+    torch.save({"state_dict": state, "epoch": 1, "global_step": 2}, folder / "public.ckpt")
+    return folder
+
+
+def load_public(folder: Path) -> FlashAudio:
+    return FlashAudio.from_make_an_audio(folder / "public.ckpt", text=(str(folder / "bert"), str(folder / "t5")))
+
+
+def test_a_public_checkpoint_gives_the_model_it_was_made_from(public_checkpoint, tmp_path):
+    model, ours = load_public(public_checkpoint), FlashAudio.from_pretrained(public_checkpoint / "ours")
+    assert model.config == ours.config
+    assert torch.equal(model.generate(["a bell"], 2, 3.0, seed=0), ours.generate(["a bell"], 2, 3.0, seed=0))
+    model.save_pretrained(tmp_path / "again")
+    again = FlashAudio.from_pretrained(tmp_path / "again")
+    assert torch.equal(model.sample_latents(["a bell"], seed=0), again.sample_latents(["a bell"], seed=0))
+
+
+def test_the_public_text_stage_reads_the_caption_twice(public_checkpoint):
+    text = load_public(public_checkpoint).text
+    letters = lambda s: [" abcdefghijklmnopqrstuvwxyz<>&@".find(c) + 1 if c != " " else 1 for c in s]
+    padded = lambda s: letters(s) + [0] * (77 - len(s))
+    ids = text.tokenize(["a bell", "a bell <bell& all>@<x& end>", ""])
+    assert ids[0].tolist() == padded("a bell") + padded("<a bell& all>")
+    assert ids[1].tolist() == padded("a bell") + padded("<bell& all>@<x& end>") and not ids[2].any()
+    assert text(["a bell", ""]).shape == (2, 154, 16)
+
+
+def test_the_music_model_has_t5_alone(public_checkpoint, tmp_path):
+    state = torch.load(public_checkpoint / "public.ckpt", weights_only=True)["state_dict"]
+    music = {k.replace("cond_stage_model.t5_transformer", "cond_stage_model.transformer"): v for k, v in state.items()
+             if "caption_encoder" not in k}
+    torch.save({"state_dict": music}, tmp_path / "music.ckpt")
+    model = FlashAudio.from_make_an_audio(tmp_path / "music.ckpt", text=(str(public_checkpoint / "t5"),))
+    both = load_public(public_checkpoint)
+    torch.testing.assert_close(model.text(["a bell"]), both.text(["a bell <a bell"])[:, 77:] * 0 + both.text.states(
+        both.text.t5_transformer, model.text.tokenize(["a bell"])))
+    assert FlashAudio.from_make_an_audio(tmp_path / "music.ckpt").config.text.tokenizers == ("google/flan-t5-large",)
+
+
+def test_a_checkpoint_without_text_stage_takes_contexts(public_checkpoint, tmp_path):
+    state = torch.load(public_checkpoint / "public.ckpt", weights_only=True)["state_dict"]
+    torch.save({k: v for k, v in state.items() if not k.startswith("cond_stage_model")}, tmp_path / "bare.ckpt")
+    model = FlashAudio.from_make_an_audio(tmp_path / "bare.ckpt")
+    assert model.generate(torch.zeros(2, 5, 16), seconds=0.512, seed=0).shape == (2, 8192)
+    with pytest.raises(InputError, match="no text stage"):
+        model.generate(["a bell"])
+
+
+def test_a_checkpoint_that_does_not_fit_is_refused_in_one_line(public_checkpoint, tmp_path):
+    held = torch.load(public_checkpoint / "public.ckpt", weights_only=True)["state_dict"]
+    proj, mlp = "model.diffusion_model.proj_in.weight", "model.diffusion_model.t_embedder.mlp.0.weight"
+    cases = {"missing": ({k: v for k, v in held.items() if k != mlp}, mlp), "sizes": ({k: v for k, v in held.items() if k != proj}, "proj_in.weight"),
+             "surplus": ({**held, "ema.decay": torch.ones(())}, "ema.decay"), "shape": ({**held, mlp: held[mlp][:, :9]}, "t_embedder.mlp.0"),
+             "empty": ({}, "encoder.conv_in"), "pickle": ({**held, "hparams": Path("x")}, "besides tensors")}
+    for name, (state, expected) in cases.items():
+        torch.save({"state_dict": state}, tmp_path / f"{name}.ckpt")
+        with pytest.raises(InputError) as e:
+            FlashAudio.from_make_an_audio(tmp_path / f"{name}.ckpt")
+        assert expected in str(e.value) and f"{name}.ckpt" in str(e.value) and "\n" not in str(e.value), name
+    with pytest.raises(InputError, match="no such checkpoint"):
+        FlashAudio.from_make_an_audio(tmp_path / "gone.ckpt")
+
+
+def test_public_sizes_have_the_public_counts():
+    count = lambda module: sum(p.numel() for p in module.parameters())
+    with torch.device("meta"):
+        base = fa.PRESETS["base"]
+        assert count(MelVAE(base.vae)) == 212_958_212 and count(DiT(base.dit)) == 197_940_244
+        assert count(DiT(DiTConfig(hidden_size=1152, num_heads=16, depth=28))) == 740_718_804
+        assert count(DiT(DiTConfig(hidden_size=1536, num_heads=32, depth=32))) == 1_469_161_492
+        bigvgan = public.BigVGAN(**public.DEFAULTS)
+    gains = sum(len(m.weight) for m in bigvgan.modules() if isinstance(m, (nn.Conv1d, nn.ConvTranspose1d)))     # weight_g, folded here
+    assert count(bigvgan) + gains == 112_231_250
+
+
+def test_bigvgan_folds_weight_norm_and_checks_its_keys(tmp_path):
+    torch.manual_seed(0)
+    sizes = dict(upsample_rates=(16, 16), upsample_kernel_sizes=(32, 32), resblock_kernel_sizes=(3,), resblock_dilation_sizes=((1, 3),))
+    model = public.BigVGAN(80, 8, **sizes).eval()
+    state = {}
+    for name, value in model.state_dict().items():
+        if name.endswith("weight"):
+            norm = value.flatten(1).norm(dim=1).view(-1, 1, 1)
+            state |= {f"{name}_g": norm, f"{name}_v": 3 * value}                # the length of v does not matter
+        else:
+            state[name] = value
+    torch.save({"generator": state}, tmp_path / "g_00001000")
+    (tmp_path / "config.json").write_text(json.dumps(sizes))
+    mel = torch.randn(2, 80, 5, generator=rng())
+    torch.testing.assert_close(fa.load_vocoder(f"bigvgan:{tmp_path}")(mel), model(mel)[:, 0])
+    torch.save({"generator": {**state, "extra.bias": torch.zeros(1)}}, tmp_path / "g_00001000")
+    with pytest.raises(InputError, match="extra.bias"):
+        fa.load_vocoder(f"bigvgan:{tmp_path}")
+    with pytest.raises(InputError, match="0 checkpoints"):
+        fa.load_vocoder(f"bigvgan:{tmp_path / 'gone'}")
+    with pytest.raises(InputError, match="unknown vocoder"):
+        fa.load_vocoder("wavenet")
+
+
+def test_hifigan_gets_the_mels_it_was_trained_on(tmp_path, monkeypatch):
+    from transformers import SpeechT5FeatureExtractor, SpeechT5HifiGan, SpeechT5HifiGanConfig
+    SpeechT5HifiGan(SpeechT5HifiGanConfig(upsample_initial_channel=16)).save_pretrained(tmp_path)
+    vocoder, t = fa.load_vocoder(f"hifigan:{tmp_path}"), torch.arange(16384) / 16000
+    wav = sum(0.1 * torch.sin(2 * math.pi * f * t) for f in (300, 440, 1250, 3000, 5200)) + 0.02 * torch.randn(16384, generator=rng())
+    assert vocoder(fa.mel_spectrogram(wav[None])).shape == (1, 16384)
+    seen = []
+    monkeypatch.setattr(SpeechT5HifiGan, "forward", lambda self, mel: seen.append(mel) or torch.zeros(len(mel), 256 * mel.shape[1]))
+    vocoder(fa.mel_spectrogram(wav[None]))
+    theirs = SpeechT5FeatureExtractor()(audio_target=wav.numpy(), sampling_rate=16000)["input_values"][0]
+    gap = lambda mel: np.abs(mel - np.asarray(theirs).mean(0)).mean()           # log10, over the bands
+    assert gap(seen[0][0].mean(0).numpy()) < 0.1 < gap(fa.mel_spectrogram(wav[None])[0].mean(1).numpy())
+
+
+def save_text_model(kind: str, folder: Path) -> Path:
+    from transformers import BertConfig, BertModel, ClapConfig, ClapModel, T5Config, T5EncoderModel
+    torch.manual_seed(0)
+    save_tokenizer(folder)
+    small = dict(vocab_size=40, hidden_size=16, num_attention_heads=2, num_hidden_layers=1, intermediate_size=32)
+    if kind == "bert":
+        BertModel(BertConfig(**small)).save_pretrained(folder)
+    elif kind == "t5":
+        T5EncoderModel(T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)).save_pretrained(folder)
+    else:
+        from transformers import ClapFeatureExtractor
+        audio = dict(patch_embeds_hidden_size=8, hidden_size=16, depths=[1, 1], num_attention_heads=[1, 1], num_hidden_layers=2,
+                     projection_dim=16)
+        ClapModel(ClapConfig(text_config=dict(small, projection_dim=16), audio_config=audio, projection_dim=16)).save_pretrained(folder)
+        ClapFeatureExtractor(truncation="rand_trunc", padding="repeatpad").save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["bert", "t5", "clap"])
+def test_any_text_model_of_transformers_gives_its_token_states(tmp_path, kind):
+    source = str(save_text_model(kind, tmp_path))
+    text = fa.text_encoder(TextConfig(source, max_length=12), fa.pretrained_width(source))
+    context = text(["rain", "a bell"])
+    assert context.shape == (2, 12, 16) and not context[0, 4:].any() and context[0, :4].abs().min() > 0
+    torch.testing.assert_close(text(["rain"]), context[:1])                     # in any company
+    assert not list(text.parameters()) and not text.trained
+    with pytest.raises(InputError, match="context_dim is 20"):
+        fa.text_encoder(TextConfig(source), 20)
+
+
+def test_a_text_model_that_is_not_there_is_named_in_one_line(tmp_path):
+    with pytest.raises(InputError) as e:
+        fa.text_encoder(TextConfig(str(tmp_path / "gone")), 16)
+    assert "gone" in str(e.value) and "\n" not in str(e.value)
+
+
+def test_push_to_hub_uploads_what_from_pretrained_loads(tmp_path, monkeypatch):
+    import shutil
+    from types import SimpleNamespace
+    import huggingface_hub
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder",
+                        lambda self, repo_id, folder_path, **_: shutil.copytree(folder_path, tmp_path / repo_id))
+    model = tiny_model()
+    model.card, model.notes = "# a card", {"stage": "distill"}
+    model.push_to_hub("me/flash")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id, **_: tmp_path / repo_id)
+    again = FlashAudio.from_pretrained("me/flash")
+    assert again.card == "# a card" and again.notes == {"stage": "distill"}
+    assert torch.equal(again.sample_latents(["rain"], seed=0), model.sample_latents(["rain"], seed=0))
+
+
+def test_public_judge_scores_the_real_clips_best(tmp_path):
+    from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
+    from data.judges import PublicJudge
+    from data.manifest import Data
+    save_text_model("clap", tmp_path / "clap")
+    torch.manual_seed(0)
+    ASTForAudioClassification(ASTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+                                        max_length=256, num_labels=5)).save_pretrained(tmp_path / "ast")
+    ASTFeatureExtractor(max_length=256).save_pretrained(tmp_path / "ast")
+    data = Data(write_clips(tmp_path / "clips"), tmp_path / "cache", 128)
+    wav = torch.stack([fa.load_audio(r["audio_path"], 32768) for r in data.rows])
+    judge = PublicJudge(data, data.train, wav, str(tmp_path / "clap"), str(tmp_path / "ast"), torch.device("cpu"))
+    real, noise = judge(wav), judge(0.1 * torch.randn(wav.shape, generator=rng()))
+    assert real["fd"] == pytest.approx(0, abs=1e-6) and real["kl"] == pytest.approx(0, abs=1e-6) and real["accuracy"] == 1
+    assert noise["fd"] > 1e-3 and noise["kl"] > 1e-6 and -1 <= real["clap"] <= 1 and "clap" in judge.name and "ast" in judge.name
+
+
+def test_audiocaps_finds_clips_under_their_usual_names_and_counts_the_missing(tmp_path):
+    from data import audiocaps
+    ids = ["aaaaaaaaaaa", "bbbbbbbbb-_", "_cccccccccc", "ddddddddddd", "eeeeeeeeeee", "fffffffffff"]
+    files = ["x/aaaaaaaaaaa_30.wav", "Ybbbbbbbbb-_.flac", "_cccccccccc_30_40.wav", "7004.mp3", "eeeeeeeeeee_30000_40000.wav"]
+    (tmp_path / "clips/x").mkdir(parents=True)
+    for name in files:
+        (tmp_path / "clips" / name).write_bytes(b"")
+    rows = [f"{7001 + i},{y},30,caption {i}" for i, y in enumerate(ids)]
+    (tmp_path / "train.csv").write_text("audiocap_id,youtube_id,start_time,caption\n" + "\n".join(rows) + "\n")
+    found, missing = audiocaps.write_manifest([f"{tmp_path}/train.csv:train"], tmp_path / "clips", tmp_path / "out/manifest.csv")
+    assert found == 5 and missing == ["fffffffffff"]
+    held = list(csv.DictReader(open(tmp_path / "out/manifest.csv", encoding="utf-8")))
+    assert [(tmp_path / "out" / r["audio_path"]).resolve().relative_to(tmp_path.resolve() / "clips").as_posix() for r in held] == files
+    assert [r["caption"] for r in held] == [f"caption {i}" for i in range(5)] and {r["split"] for r in held} == {"train"}
+    (tmp_path / "music.csv").write_text("ytid,start_s,end_s,caption\naaaaaaaaaaa,30,40,a tune\n")
+    assert audiocaps.write_manifest([f"{tmp_path}/music.csv"], tmp_path / "clips", tmp_path / "m.csv") == (1, [])
+    for bad, expected in (("clips/none.csv", "no such CSV"), ("out/manifest.csv", "needs the columns")):
+        with pytest.raises(InputError, match=expected):
+            audiocaps.write_manifest([str(tmp_path / bad)], tmp_path / "clips", tmp_path / "m.csv")
 
 
 # ---- the scripts ------------------------------------------------------------------------------------------------------------
@@ -484,6 +747,43 @@ def test_train_runs_every_stage(trained):
     assert {"rows", "config", "seed", "hardware", "seconds"} <= set(results)
     for stage in ("vae", "cfm", "rf1", "rf2", "distill"):
         FlashAudio.from_pretrained(trained / "out" / stage)
+
+
+def test_training_from_a_public_checkpoint_ends_in_a_one_step_model(public_checkpoint, tmp_path):
+    manifest = write_clips(tmp_path / "clips", 4)
+    done = run("train.py", "--init", public_checkpoint / "public.ckpt", "--text", f"{public_checkpoint / 'bert'},{public_checkpoint / 't5'}",
+               "--data", manifest, "--out", tmp_path / "out", *QUICK, "--clap", "", "--ast", "", "--grad_accum", 2, "--warmup", 1)
+    assert done.returncode == 0, done.stderr
+    assert "contexts of 5 captions" in done.stdout and not (tmp_path / "out/vae").exists()
+    model, start = (FlashAudio.from_pretrained(tmp_path / "out" / stage) for stage in ("distill", "cfm"))
+    assert model.generate(["tone number 1"], seed=0).shape == (1, 159744)       # 9.984 s
+    same = lambda part: all(torch.equal(a, b) for a, b in zip(getattr(model, part).parameters(), getattr(start, part).parameters()))
+    assert same("vae") and same("text") and not same("dit") and torch.equal(model.scale_factor, start.scale_factor)
+    assert [r["model"] for r in json.loads((tmp_path / "out/results.json").read_text())["rows"]].count("cfm") == 4
+    assert "Starting point: " in model.card and "| distill | 1 |" in model.card and "Seed: 0" in model.card
+
+
+def test_training_with_a_frozen_text_model(tmp_path):
+    source = save_text_model("t5", tmp_path / "t5")
+    common = ("--data", write_clips(tmp_path / "clips", 4), "--out", tmp_path / "out", *QUICK)
+    done = run("train.py", "--text", source, *common)
+    assert done.returncode == 0, done.stderr
+    model = FlashAudio.from_pretrained(tmp_path / "out/distill")
+    assert model.config.text.encoder == str(source) and model.config.dit.context_dim == 16
+    contexts = np.load(next((tmp_path / "out/cache").glob("contexts-*.npy")))
+    assert contexts.dtype == np.float16 and contexts.shape == (5, 77, 16)
+    torch.testing.assert_close(torch.from_numpy(contexts[:1]).float(), model.text([""]), atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_gradient_accumulation_gives_the_same_weights(trained, tmp_path, parts):
+    flags = ("--data", trained / "clips/manifest.csv", "--stage", "vae", "--vae_steps", 3, "--vae_batch_size", 6, "--warmup", 1)
+    for name, n in (("whole", 1), ("parts", parts)):
+        done = run("train.py", *flags, "--grad_accum", n, "--out", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    a, b = (FlashAudio.from_pretrained(tmp_path / name / "vae").vae.state_dict() for name in ("whole", "parts"))
+    close = [((a[k] - b[k]).abs() < 2e-4).float().mean() for k in a]
+    assert sum(close) / len(close) > 0.98           # Adam turns rounding into whole steps where a gradient is almost zero
 
 
 def test_train_skips_what_is_done_and_refuses_other_settings(trained):

@@ -16,7 +16,7 @@ import platform
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -33,10 +33,15 @@ class Flags:
     preset: str = flag("toy", "size of the model", choices=("toy", "small", "base", "large"))
     data: str = flag("toy", "manifest: a CSV with the columns audio_path,caption[,split]; 'toy' makes its own sounds")
     out: str = flag("", "folder of the run (default out/<preset>)")
+    init: str = flag("", "checkpoint of Make-An-Audio 3, a file or repo_id:path/in/repo; it stands in for stages vae and cfm")
+    text: str = flag("bytes", "text encoder: bytes (trained here), or a frozen CLAP, T5, BERT ... by folder or hub id; with --init "
+                              "its tokenizers, 'BERT,T5'")
+    vocoder: str = flag("griffin-lim", "of stage eval: griffin-lim, hifigan:<hub id or folder>, bigvgan:<folder>")
     stage: str = flag("all", "one stage to run, trained anew if its settings have changed", choices=("all", *STAGES))
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto is cuda where there is one")
     seed: int = flag(0, "seed of weights, noise and order of the data")
     batch_size: int = flag(16, "clips per step")                    # the paper: 4 GPUs x 16
+    grad_accum: int = flag(1, "parts that a step's clips are worked through in: less memory, the same gradient")
     vae_batch_size: int = flag(16, "clips per step of stage vae")
     vae_frames: int = flag(64, "mel frames cut from each clip in stage vae")  # a convolution needs no whole clips
     lr: float = flag(1.5e-3, "peak learning rate of the flow stages")  # a small network bears a large one
@@ -62,13 +67,16 @@ class Flags:
     guidance: float = flag(3.0, "ω of the couplings")               # not in the paper; public sampler: 3
     anchor_steps: int = flag(1, "iterations of the anchored optimisation per Euler step; 0 is plain guidance")
     eval_clips: int = flag(160, "held-out captions in stage eval")
+    clap: str = flag("", "CLAP model of stage eval, folder or hub id, for fd and CLAP score; '' compares log-mels instead")
+    ast: str = flag("", "AudioSet classifier (AST) of stage eval, folder or hub id, for the KL; needs --clap")
     save_every: float = flag(60.0, "seconds between checkpoints")
 
 
 # The paper gives batch size, learning rate and steps of the 1-RF (§4.1) and leaves the others open.
 PAPER = dict(batch_size=64, lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999, vae_frames=624, vae_lr=1e-4, kl_weight=1e-6,
              vae_steps=200_000, cfm_steps=200_000, rf1_steps=40_000, rf2_steps=40_000, distill_steps=40_000,
-             couplings=50_000, coupling_steps=24, anchor_steps=10)
+             couplings=50_000, coupling_steps=24, anchor_steps=10, eval_clips=1000, clap="laion/clap-htsat-unfused",
+             ast="MIT/ast-finetuned-audioset-10-10-0.4593")
 RECIPES = {"toy": {}, "small": PAPER, "base": PAPER, "large": PAPER}
 
 
@@ -79,7 +87,8 @@ def parse_flags(argv: list[str] | None = None) -> Flags:
         parser.add_argument(f"--{f.name}", type=type(f.default), default=None, metavar=None if more else f.name.upper(),
                             help=f"{f.metadata['help']} [{f.default}]", **more)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    flags = Flags(**{**RECIPES[given.get("preset", "toy")], **given})
+    given.setdefault("preset", "base" if given.get("init") else "toy")
+    flags = Flags(**{**RECIPES[given["preset"]], **given})
     flags.out = flags.out or f"out/{flags.preset}"
     return flags
 
@@ -90,10 +99,11 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 import flashaudio as fa
 from data import toy
-from data.judges import NearestClip, ToyJudge
+from data.judges import NearestClip, PublicJudge, ToyJudge, model_card, peak_memory, print_table
 from data.manifest import Data, bar, cached, digest
 from flashaudio import FlashAudio, InputError, write_atomically
 
@@ -109,10 +119,15 @@ class Run:
     device: torch.device
 
     def folder(self, stage: str) -> Path:
-        return Path(self.flags.out) / stage
+        """Of a stage's model. With --init, one model is both the VAE and the CFM."""
+        return Path(self.flags.out) / ("cfm" if self.flags.init and stage == "vae" else stage)
 
     def weights(self, stage: str) -> Path:
         return self.folder(stage) / "model.safetensors"
+
+    def text_source(self) -> Path | str:
+        """What the frozen contexts depend on: the stage that trained the text encoder last, or the name of a ready-made one."""
+        return self.flags.init or (self.weights("rf1") if self.flags.text == "bytes" else self.flags.text)
 
     def load(self, stage: str) -> FlashAudio:
         return FlashAudio.from_pretrained(self.folder(stage), str(self.device))
@@ -140,12 +155,14 @@ def batch_indices(n: int, size: int, step: int, seed: int) -> np.ndarray:
 COMMON = ("preset", "seed", "warmup", "lr_end", "ema", "grad_clip")
 FLOW = (*COMMON, "batch_size", "lr", "caption_dropout")
 REFLOW = ("couplings", "coupling_steps", "guidance", "anchor_steps")
-SETTINGS = {"vae": (*COMMON, "vae_batch_size", "vae_frames", "vae_steps", "vae_lr", "kl_weight"), "cfm": (*FLOW, "cfm_steps", "sigma_min"),
+SETTINGS = {"vae": (*COMMON, "text", "vae_batch_size", "vae_frames", "vae_steps", "vae_lr", "kl_weight"), "cfm": (*FLOW, "cfm_steps", "sigma_min"),
             "rf1": (*FLOW, "rf1_steps", "logit_mean", "logit_std", "pairing"),
             "rf2": (*FLOW, *REFLOW, "rf2_steps", "mix_exp_a"), "distill": (*COMMON, *REFLOW, "batch_size", "lr", "distill_steps")}
 
 
 def settings_of(run: Run, stage: str) -> dict:
+    if run.flags.init and stage == "cfm":
+        return {"init": run.flags.init, "text": run.flags.text}
     before = STAGES[STAGES.index(stage) - 1] if stage != "vae" else None
     if before and not run.weights(before).exists():
         raise InputError(f"stage {stage} starts from stage {before}, which is not trained yet in {run.flags.out}: "
@@ -167,10 +184,10 @@ def is_done(run: Run, stage: str) -> bool:
     return not changed
 
 
-def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], loss_of, spent: float = 0.0) -> None:
-    """Train `parts` of the model on loss_of(step, generator) and save the result in the stage's folder.
+def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw, loss_of, spent: float = 0.0) -> None:
+    """Train `parts` of the model on loss_of(*draw(step, generator)) and save the result in the stage's folder.
 
-    spent: seconds that the stage has taken already.
+    draw returns the tensors of a batch, clips first, on the CPU. spent: seconds that the stage has taken already.
     """
     flags, folder, settings = run.flags, run.folder(stage), settings_of(run, stage)
     steps, peak = getattr(flags, f"{stage}_steps"), flags.vae_lr if stage == "vae" else flags.lr
@@ -203,9 +220,12 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], loss_of
             rate = peak * min(1.0, (step + 1) / flags.warmup) * (flags.lr_end + (1 - flags.lr_end) * cosine)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with run.autocast():
-                loss = loss_of(step, run.generator(stage, step))
-            loss.backward()
+            loss, batch = 0.0, draw(step, run.generator(stage, step))
+            for part in zip(*(x.to(run.device, non_blocking=True).chunk(flags.grad_accum) for x in batch)):
+                with run.autocast():
+                    share = loss_of(*part) * (len(part[0]) / len(batch[0]))
+                share.backward()
+                loss += share.detach()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), flags.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -230,7 +250,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], loss_of
         model.scale_factor.copy_(latent_scale(run, model))
     seconds = spent + time.time() - began
     model.save_pretrained(folder, stage=stage, settings=settings, flags=asdict(flags), seconds=round(seconds, 1))
-    print(f"{stage}: {steps} steps in {seconds:.0f} s, loss {smooth or math.nan:.4f} -> {folder}")
+    print(f"{stage}: {steps} steps in {seconds:.0f} s, loss {smooth or math.nan:.4f}, peak memory {peak_memory(run.device):.1f} GiB -> {folder}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -249,7 +269,11 @@ def latent_scale(run: Run, model: FlashAudio) -> Tensor:
 def train_vae(run: Run) -> None:
     with torch.random.fork_rng(devices=[]):         # weights depend on the seed, the global generator stays as it was
         torch.manual_seed(run.flags.seed)
-        model = FlashAudio(fa.PRESETS[run.flags.preset]).to(run.device)
+        config = fa.PRESETS[run.flags.preset]
+        if run.flags.text != "bytes":
+            dit = replace(config.dit, context_dim=fa.pretrained_width(run.flags.text))
+            config = replace(config, dit=dit, text=fa.TextConfig(run.flags.text, max_length=77))    # tokens, as the public stage
+        model = FlashAudio(config).to(run.device)
     for block in model.dit.blocks:                  # text attention starts open: from 0, it had not opened after 1000 steps
         torch.nn.init.constant_(block.attention.gate, 0.5)
     mels, clips, flags = run.data.mels, run.data.train, run.flags
@@ -259,49 +283,63 @@ def train_vae(run: Run) -> None:
         model.vae.decoder.conv_out.bias.copy_(mean)
     frames = min(flags.vae_frames, model.config.frames)
 
-    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+    def draw(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         rows = clips[batch_indices(len(clips), flags.vae_batch_size, step, flags.seed)]
         start = torch.randint(model.config.frames - frames + 1, (), generator=generator).item()
-        mel = torch.from_numpy(mels[rows, :, start:start + frames]).to(run.device)
-        noise = torch.randn(len(mel), model.config.vae.embed_dim, frames // model.stride, generator=generator)
-        return fa.vae_loss(model.vae, mel, noise.to(run.device), flags.kl_weight)
+        mel = torch.from_numpy(mels[rows, :, start:start + frames])
+        return mel, torch.randn(len(mel), model.config.vae.embed_dim, frames // model.stride, generator=generator)
 
-    fit(run, "vae", model, ("vae",), loss_of)
+    fit(run, "vae", model, ("vae",), draw, lambda mel, noise: fa.vae_loss(model.vae, mel, noise, flags.kl_weight))
+
+
+def import_checkpoint(run: Run) -> None:
+    """In place of stages vae and cfm: the public model that the paper starts from (§3.2)."""
+    flags = run.flags
+    model = FlashAudio.from_make_an_audio(flags.init, None if flags.text == "bytes" else tuple(flags.text.split(",")))
+    model.save_pretrained(run.folder("cfm"), stage="cfm", settings=settings_of(run, "cfm"), flags=asdict(flags), seconds=0.0)
+    print(f"cfm: {flags.init} -> {run.folder('cfm')}")
 
 
 def train_flow(run: Run, stage: str) -> None:
     """Stages cfm and rf1: on latents of real clips, with the text encoder."""
     flags, model = run.flags, run.load("vae" if stage == "cfm" else "cfm")
-    latents = run.data.latents(model, run.weights("vae"))
-    clips, ids, null = run.data.train, model.text.tokenize(run.data.captions), model.text.tokenize([""])
+    latents, sigma_min = run.data.latents(model, run.weights("vae")), flags.sigma_min if stage == "cfm" else 0.0
+    clips, scale = run.data.train, model.scale_factor.cpu()
+    if model.text.trained:
+        captions, null = model.text.tokenize(run.data.captions), model.text.tokenize([""])[0]
+    else:
+        contexts, place = run.data.contexts(model, run.text_source())
 
-    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+    def draw(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         rows = clips[batch_indices(len(clips), flags.batch_size, step, flags.seed)]
         mean, std = torch.from_numpy(latents[rows]).unbind(1)                   # (B, C, L)
-        z1 = model.scale_factor.cpu() * (mean + std * torch.randn(mean.shape, generator=generator))
+        z1 = scale * (mean + std * torch.randn(mean.shape, generator=generator))
         z0 = torch.randn(z1.shape, generator=generator)
         if stage == "rf1" and flags.pairing == "immiscible":
             z0 = fa.immiscible_pairing(z1, z0)
         t = (fa.uniform(len(rows), generator) if stage == "cfm" else
              fa.logit_normal(len(rows), flags.logit_mean, flags.logit_std, generator))
-        dropped = torch.rand(len(rows), 1, generator=generator) < flags.caption_dropout
-        context = model.text(torch.where(dropped, null, ids[rows]))
-        z1, z0, t = (x.to(run.device) for x in (z1, z0, t))
-        return fa.rectified_flow_loss(model.dit, z1, z0, t, context, flags.sigma_min if stage == "cfm" else 0.0)
+        kept = torch.rand(len(rows), generator=generator) >= flags.caption_dropout
+        if model.text.trained:
+            return z1, z0, t, torch.where(kept[:, None], captions[rows], null)
+        return z1, z0, t, torch.from_numpy(contexts[place[rows] * kept.numpy()]).float()
 
-    fit(run, stage, model, ("dit", "text"), loss_of)
+    def loss_of(z1: Tensor, z0: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return fa.rectified_flow_loss(model.dit, z1, z0, t, model.text(c) if model.text.trained else c, sigma_min)
+
+    fit(run, stage, model, ("dit", "text") if model.text.trained else ("dit",), draw, loss_of)
 
 
 def train_on_couplings(run: Run, stage: str) -> None:
     """Stages rf2 and distill: on the couplings of the model before, with the text encoder frozen."""
     flags, teacher = run.flags, "rf1" if stage == "rf2" else "rf2"
     model = run.load(teacher)
-    contexts, place = run.data.contexts(model, run.weights("rf1"))
+    contexts, place = run.data.contexts(model, run.text_source())
     place = np.resize(place[run.data.train], flags.couplings)                   # the caption of each pair
     shape = (flags.couplings, 2, *model.latent_shape())
 
     def context_of(rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(contexts[rows]).to(run.device)                  # (B, N, D)
+        return torch.from_numpy(contexts[rows]).float()                         # (B, N, D)
 
     def fill(array: np.ndarray) -> None:
         model.requires_grad_(False)
@@ -309,7 +347,7 @@ def train_on_couplings(run: Run, stage: str) -> None:
             rows = place[i:i + 64]
             z0 = torch.randn(len(rows), *shape[2:], generator=run.generator(stage, "couplings", i))
             with run.autocast():
-                z1 = fa.make_couplings(model.dit, z0.to(run.device), context_of(rows), context_of(0 * rows),
+                z1 = fa.make_couplings(model.dit, *(x.to(run.device) for x in (z0, context_of(rows), context_of(0 * rows))),
                                        flags.coupling_steps, flags.guidance, flags.anchor_steps)
             array[i:i + 64, 0], array[i:i + 64, 1] = z0, z1.cpu()
 
@@ -318,16 +356,16 @@ def train_on_couplings(run: Run, stage: str) -> None:
     pairs = cached(path, shape, fill)
     print(f"{stage}: {len(pairs)} couplings in {time.time() - began:.0f} s")
 
-    def loss_of(step: int, generator: torch.Generator) -> Tensor:
+    def draw(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         rows = batch_indices(len(pairs), flags.batch_size, step, flags.seed)
-        z0, z1 = torch.from_numpy(pairs[rows]).to(run.device).unbind(1)         # (B, C, L)
+        z0, z1 = torch.from_numpy(pairs[rows]).unbind(1)                        # (B, C, L)
         if stage == "distill":
-            return fa.distill_loss(model.dit, z1, z0, context_of(place[rows]))
+            return z1, z0, context_of(place[rows])
         kept = torch.rand(len(rows), generator=generator) >= flags.caption_dropout
-        t = fa.mix_exp(len(rows), flags.mix_exp_a, generator).to(run.device)
-        return fa.rectified_flow_loss(model.dit, z1, z0, t, context_of(place[rows] * kept.numpy()))
+        return z1, z0, fa.mix_exp(len(rows), flags.mix_exp_a, generator), context_of(place[rows] * kept.numpy())
 
-    fit(run, stage, model, ("dit",), loss_of, spent=time.time() - began)
+    loss = fa.distill_loss if stage == "distill" else fa.rectified_flow_loss
+    fit(run, stage, model, ("dit",), draw, partial(loss, model.dit), spent=time.time() - began)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -342,8 +380,11 @@ def evaluate(run: Run) -> None:
     captions, model = [data.captions[i] for i in rows], run.load("vae")
     seconds = model.config.frames * fa.HOP / fa.SAMPLE_RATE
     real = torch.stack([fa.load_audio(data.rows[i]["audio_path"], model.config.frames * fa.HOP) for i in rows])
-    judge = (ToyJudge if "scene" in data.rows[0] else NearestClip)(data, rows, real)
-    vocoder, table = fa.load_vocoder(), []
+    if "scene" in data.rows[0]:
+        judge = ToyJudge(data, rows, real)
+    else:
+        judge = PublicJudge(data, rows, real, flags.clap, flags.ast, run.device) if flags.clap else NearestClip(data, rows, real)
+    vocoder, table = fa.load_vocoder(flags.vocoder, str(run.device)), []
 
     def add(name: str, wav: Tensor, steps: int | None = None, guidance: float | None = None, straight: float | None = None,
             elapsed: float | None = None) -> None:
@@ -381,17 +422,10 @@ def evaluate(run: Run) -> None:
     results = {"rows": table, "config": asdict(flags), "seed": flags.seed, "hardware": hardware,
                "seconds": round(sum(spent) + time.time() - began, 1)}
     write_atomically(Path(flags.out) / "results.json", json.dumps(results, indent=2).encode())
+    for stage in STAGES[not not flags.init:-1]:
+        notes = json.loads((run.folder(stage) / "config.json").read_text())
+        write_atomically(run.folder(stage) / "README.md", model_card(notes, results).encode())
     print_table(results)
-
-
-def print_table(results: dict) -> None:
-    columns = ("model", "steps", "nfe", "guidance", "fd", "kl", "accuracy", "measured", "straightness", "rtf", "clips")
-    print("\n" + " ".join(f"{c:>{max(8, len(c))}}" for c in columns))
-    for row in results["rows"]:
-        cells = ["-" if row[c] is None else f"{row[c]:.3g}" if isinstance(row[c], float) else str(row[c]) for c in columns]
-        print(" ".join(f"{cell:>{max(8, len(c))}}" for c, cell in zip(columns, cells)))
-    print(f"\njudged by {results['rows'][0]['judge']}; rtf: seconds of computing per second of audio, text to waveform, batch 64\n"
-          f"seed {results['seed']}, {results['hardware']}, {results['seconds']:.0f} s of training and evaluation")
 
 
 RUN_STAGE = {"vae": train_vae, "cfm": partial(train_flow, stage="cfm"), "rf1": partial(train_flow, stage="rf1"),
@@ -404,7 +438,12 @@ def main(flags: Flags) -> None:
     Path(flags.out).mkdir(parents=True, exist_ok=True)
     manifest = toy.write_toy_set(Path(flags.out) / "data") if flags.data == "toy" else Path(flags.data)
     run = Run(flags, Data(manifest, Path(flags.out) / "cache", fa.PRESETS[flags.preset].frames), device)
-    for stage in STAGES if flags.stage == "all" else (flags.stage,):
+    if flags.init:
+        RUN_STAGE["cfm"] = import_checkpoint
+    fa.load_vocoder(flags.vocoder)                  # what stage eval will need, asked for before the work and not after it
+    for name in filter(None, (flags.clap, flags.ast)):
+        fa.hub_model(AutoConfig, name)
+    for stage in (STAGES[1:] if flags.init else STAGES) if flags.stage == "all" else (flags.stage,):
         if stage != "eval" and is_done(run, stage):
             print(f"{stage}: done already")
             continue

@@ -6,7 +6,9 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable
 
@@ -21,8 +23,14 @@ def digest(*things) -> str:
     """A short name for what something was computed from; a Path stands for the content of that file."""
     h = hashlib.sha256()
     for thing in things:
-        h.update(thing.read_bytes() if isinstance(thing, Path) else json.dumps(thing, sort_keys=True).encode())
+        h.update(file_digest(thing, os.stat(thing).st_mtime_ns) if isinstance(thing, Path) else json.dumps(thing, sort_keys=True).encode())
     return h.hexdigest()[:12]
+
+
+@lru_cache(maxsize=32)
+def file_digest(path: Path, _mtime: int) -> bytes:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").digest()
 
 
 def bar(iterable, text: str, **more) -> tqdm:
@@ -30,8 +38,8 @@ def bar(iterable, text: str, **more) -> tqdm:
     return tqdm(iterable, desc=f"{text:>8}", disable=None, leave=False, dynamic_ncols=True, **more)
 
 
-def cached(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]) -> np.ndarray:
-    """The float32 array at `path`, memory-mapped; where it is missing, `fill(array)` computes it first.
+def cached(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], dtype: type = np.float32) -> np.ndarray:
+    """The array at `path`, memory-mapped; where it is missing, `fill(array)` computes it first.
 
     `path` is <name>-<digest>.npy. Arrays of that name with another digest were computed from something that has changed, and go.
     """
@@ -40,7 +48,7 @@ def cached(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None
         for stale in path.parent.glob(path.name.rsplit("-", 1)[0] + "-*"):
             stale.unlink()
         temporary = path.with_suffix(".tmp")
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
         fill(array)
         array.flush()
         os.replace(temporary, path)
@@ -135,6 +143,8 @@ class Data:
             for i in bar(range(0, len(distinct), 64), "contexts"):
                 array[i:i + 64] = model.text(distinct[i:i + 64]).float().cpu().numpy()
 
-        shape = (len(distinct), *model.text([""]).shape[1:])
-        return (cached(self.cache / f"contexts-{digest(distinct, source)}.npy", shape, fill),
-                np.array([place[caption] for caption in self.captions]))
+        shape, path = (len(distinct), *model.text([""]).shape[1:]), self.cache / f"contexts-{digest(distinct, source)}.npy"
+        dtype = np.float32 if model.text.trained else np.float16                # those of large encoders take gigabytes
+        if not path.exists():
+            print(f"contexts of {len(distinct)} captions: {math.prod(shape) * np.dtype(dtype).itemsize / 2 ** 20:.0f} MiB in {path}")
+        return cached(path, shape, fill, dtype), np.array([place[caption] for caption in self.captions])

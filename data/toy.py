@@ -33,7 +33,7 @@ FADE = 640            # samples (40 ms) at both ends of a sound and where one gi
 LOUDNESS = 0.13       # RMS of a sound's loudest 64 ms: noise, with peaks at four times that, stays below full scale
 CAPTION_BYTES = 60    # the text encoder cuts at 64 tokens of one byte each
 JUDGE_BAR = 0.95      # accuracy on real clips below which the judge refuses to judge
-VERSION = 3           # increase it when sounds or judge change: what was written before is then made again
+VERSION = 4           # increase it when sounds or judge change: what was written before is then made again
 
 PHRASES = {  # every kind of sound, and what captions call it
     "tone": ("a {} tone", "a {} note"),
@@ -50,7 +50,7 @@ DETAILS = {"tone": ("low", "high"), "chirp": ("up", "down"), "knocks": ("2", "3"
 WORDS = {"up": "rising", "down": "falling", "2": "two", "3": "three", "4": "four"}  # other details are words already
 WORDINGS = {
     "": ("{0}", "the sound of {0}"),
-    ">": ("{0} followed by {1}", "{0}, then {1}", "{1} after {0}"),
+    ">": ("{0} followed by {1}", "{0}, then {1}", "first {0}, next {1}"),
     "+": ("{0} over {1}", "{0} with {1} in the background", "{1} behind {0}")}
 UNSEEN_WORDINGS = {  # in the test split only
     "": ("you can hear {0}", "somewhere, {0}", "it is {0}"),
@@ -150,7 +150,7 @@ def synthesise(scene: str, rng: np.random.Generator) -> np.ndarray:
         one = sound(kind, detail, np.arange(end - start, dtype=np.float32) / SAMPLE_RATE, rng)
         power = np.convolve(one[::8] ** 2, np.full(128, 1 / 128), "same")  # over 64 ms
         ramp = np.minimum(1, np.arange(len(one)) / FADE)
-        level = rng.uniform(0.35, 0.5) if relation == "+" and kind in TEXTURES else 1  # a texture stays in the background
+        level = rng.uniform(0.2, 0.35) if relation == "+" and kind in TEXTURES else 1  # a texture stays in the background
         wav[start:end] += level * LOUDNESS / np.sqrt(power.max()) * ramp * ramp[::-1] * one
     return (wav * min(rng.uniform(0.7, 1), 0.89 / np.abs(wav).max())).astype(np.float32)  # the level varies by 3 dB
 
