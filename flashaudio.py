@@ -787,6 +787,8 @@ class FlashAudio(nn.Module):
         if length > self.config.dit.max_len:
             longest = self.config.dit.max_len * self.stride * HOP / SAMPLE_RATE
             raise InputError(f"{seconds:g} s is too long: this model reaches {longest:g} s")
+        if length > self.config.frames // self.stride:      # Python shows a warning once
+            warnings.warn(f"{seconds:g} s is longer than the {self.config.frames * HOP / SAMPLE_RATE:g} s this model was trained on")
         return self.config.vae.embed_dim, length
 
     def decode(self, z: Tensor) -> Tensor:

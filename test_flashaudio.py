@@ -296,7 +296,9 @@ def test_generate_is_reproducible_and_independent_of_the_batch(tmp_path):
     z0 = torch.randn(2, 20, 16, generator=rng())
     torch.testing.assert_close(model.sample_latents(context, 4, 2.0, z0=z0), model.sample_latents(["rain", "a bell"], 4, 2.0, z0=z0))
     assert model.generate(context, z0=z0).shape == (2, 32 * 256)
-    assert model.generate(["rain"], seconds=0.5).shape == (1, 32 * 256 // 32 * 32)
+    assert model.generate(["rain"], seconds=0.25).shape == (1, 16 * 256)         # 15.6 mel frames: 8 latent ones
+    with pytest.warns(UserWarning, match="longer than the 0.512 s"):
+        assert model.generate(["rain"], seconds=1).shape == (1, 62 * 256)
     with pytest.raises(InputError, match="too long"):
         model.generate(["rain"], seconds=60)
 

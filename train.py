@@ -17,7 +17,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 
 STAGES = ("vae", "cfm", "rf1", "rf2", "distill", "eval")
@@ -104,7 +104,7 @@ from transformers import AutoConfig
 import flashaudio as fa
 from data import toy
 from data.judges import NearestClip, PublicJudge, ToyJudge, model_card, peak_memory, print_table
-from data.manifest import Data, bar, cached, digest
+from data.manifest import Data, bar, batch_indices, cached, digest
 from flashaudio import FlashAudio, InputError, write_atomically
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -138,16 +138,6 @@ class Run:
     def generator(self, *what) -> torch.Generator:
         """Random numbers that depend on the seed and on `what` they are for alone, so that a run can stop anywhere."""
         return torch.Generator().manual_seed(int(digest(self.flags.seed, *what), 16))
-
-
-@lru_cache(maxsize=2)
-def order(n: int, epoch: int, seed: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(n)
-
-
-def batch_indices(n: int, size: int, step: int, seed: int) -> np.ndarray:
-    """Numbers of the clips in this step: every one of n once per epoch, in an order that the epoch and the seed decide."""
-    return np.array([order(n, p // n, seed)[p % n] for p in range(step * size, (step + 1) * size)])
 
 
 # What a stage's weights depend on, besides the stage before it. A folder trained with other settings is never overwritten
@@ -441,8 +431,9 @@ def main(flags: Flags) -> None:
     if flags.init:
         RUN_STAGE["cfm"] = import_checkpoint
     fa.load_vocoder(flags.vocoder)                  # what stage eval will need, asked for before the work and not after it
-    for name in filter(None, (flags.clap, flags.ast)):
-        fa.hub_model(AutoConfig, name)
+    if flags.clap and "scene" not in run.data.rows[0]:
+        for name in filter(None, (flags.clap, flags.ast)):
+            fa.hub_model(AutoConfig, name)
     for stage in (STAGES[1:] if flags.init else STAGES) if flags.stage == "all" else (flags.stage,):
         if stage != "eval" and is_done(run, stage):
             print(f"{stage}: done already")

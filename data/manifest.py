@@ -81,6 +81,16 @@ def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
     return good, problems
 
 
+@lru_cache(maxsize=2)
+def order(n: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def batch_indices(n: int, size: int, step: int, seed: int) -> np.ndarray:
+    """Numbers of the clips in this step: every one of n once per epoch, in an order that the epoch and the seed decide."""
+    return np.array([order(n, p // n, seed)[p % n] for p in range(step * size, (step + 1) * size)])
+
+
 class Data:
     """The clips of a manifest: rows and captions, mels (N, 80, T), the numbers of the rows to train on and to test on.
 
