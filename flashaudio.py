@@ -844,6 +844,7 @@ class FlashAudio(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self, str(folder / "model.safetensors.tmp"))
+        os.chmod(folder / "model.safetensors.tmp", folder.stat().st_mode & 0o666)       # safetensors would keep it private
         os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
         self.notes.update(notes)
         write_atomically(folder / "config.json", json.dumps({**asdict(self.config), **self.notes}, indent=2).encode())

@@ -310,6 +310,7 @@ def test_save_and_load_give_identical_samples(tmp_path):
     again = FlashAudio.from_pretrained(tmp_path / "m")
     assert again.config == model.config and json.loads((tmp_path / "m/config.json").read_text())["stage"] == "rf2"
     assert torch.equal(model.generate(["rain"], 2, 3.0, seed=0), again.generate(["rain"], 2, 3.0, seed=0))
+    assert (tmp_path / "m/model.safetensors").stat().st_mode == (tmp_path / "m/config.json").stat().st_mode
     (tmp_path / "m/model.safetensors").write_bytes(b"not a model")
     with pytest.raises(InputError, match="not a readable model"):
         FlashAudio.from_pretrained(tmp_path / "m")

@@ -46,15 +46,16 @@ class Flags:
     vae_frames: int = flag(64, "mel frames cut from each clip in stage vae")  # a convolution needs no whole clips
     lr: float = flag(1.5e-3, "peak learning rate of the flow stages")  # a small network bears a large one
     vae_lr: float = flag(2e-3, "peak learning rate of the VAE")
+    rf1_lr: float = flag(5e-4, "peak learning rate of stage rf1")   # it goes on from cfm: a large one would undo that first
     warmup: int = flag(50, "steps of linear warm-up")
     lr_end: float = flag(0.05, "learning rate at the end of a stage, as a share of its peak; 1 keeps it constant")
     ema: float = flag(0.995, "decay of the weight average that is saved and sampled from; 0 is off")
     grad_clip: float = flag(1.0, "largest gradient norm")           # public code
-    vae_steps: int = flag(1700, "steps of stage vae")
-    cfm_steps: int = flag(1600, "steps of stage cfm")
+    vae_steps: int = flag(1600, "steps of stage vae")
+    cfm_steps: int = flag(1800, "steps of stage cfm")
     rf1_steps: int = flag(300, "steps of stage rf1")
-    rf2_steps: int = flag(600, "steps of stage rf2")
-    distill_steps: int = flag(400, "steps of stage distill")
+    rf2_steps: int = flag(800, "steps of stage rf2")
+    distill_steps: int = flag(900, "steps of stage distill")
     kl_weight: float = flag(3e-3, "weight of the VAE's KL term")     # ours: large enough for a smooth latent
     caption_dropout: float = flag(0.2, "share of captions replaced by '' in training")   # public code
     sigma_min: float = flag(1e-4, "noise left in the data end of stage cfm")             # public code
@@ -62,9 +63,10 @@ class Flags:
     logit_std: float = flag(1.0, "σ of the logit-normal timesteps of stage rf1")         # Eq. 6
     mix_exp_a: float = flag(4.0, "a of the Mix-Exp timesteps of stage rf2")              # Table 6: the best of 1, 2, 3, 4
     pairing: str = flag("immiscible", "how stage rf1 pairs noise and data", choices=("immiscible", "none"))
-    couplings: int = flag(1000, "(noise, sample) pairs that rf2 and distill are each trained on")
-    coupling_steps: int = flag(6, "Euler steps per pair")
-    guidance: float = flag(3.0, "ω of the couplings")               # not in the paper; public sampler: 3
+    couplings: int = flag(1200, "(noise, sample) pairs that rf2 and distill are each trained on")
+    coupling_steps: int = flag(7, "Euler steps per pair")
+    guidance: float = flag(3.0, "ω of the couplings of stage rf2")  # not in the paper; public sampler: 3
+    distill_guidance: float = flag(1.0, "ω of the couplings of stage distill")   # the 2-RF learnt guided samples: once is enough
     anchor_steps: int = flag(1, "iterations of the anchored optimisation per Euler step; 0 is plain guidance")
     eval_clips: int = flag(160, "held-out captions in stage eval")
     clap: str = flag("", "CLAP model of stage eval, folder or hub id, for fd and CLAP score; '' compares log-mels instead")
@@ -73,9 +75,9 @@ class Flags:
 
 
 # The paper gives batch size, learning rate and steps of the 1-RF (§4.1) and leaves the others open.
-PAPER = dict(batch_size=64, lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999, vae_frames=624, vae_lr=1e-4, kl_weight=1e-6,
+PAPER = dict(batch_size=64, lr=4.8e-5, rf1_lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999, vae_frames=624, vae_lr=1e-4, kl_weight=1e-6,
              vae_steps=200_000, cfm_steps=200_000, rf1_steps=40_000, rf2_steps=40_000, distill_steps=40_000,
-             couplings=50_000, coupling_steps=24, anchor_steps=10, eval_clips=1000, clap="laion/clap-htsat-unfused",
+             couplings=50_000, coupling_steps=24, anchor_steps=10, distill_guidance=3.0, grad_accum=4, eval_clips=1000, clap="laion/clap-htsat-unfused",
              ast="MIT/ast-finetuned-audioset-10-10-0.4593")
 RECIPES = {"toy": {}, "small": PAPER, "base": PAPER, "large": PAPER}
 
@@ -144,10 +146,10 @@ class Run:
 # unless its stage is named.
 COMMON = ("preset", "seed", "warmup", "lr_end", "ema", "grad_clip")
 FLOW = (*COMMON, "batch_size", "lr", "caption_dropout")
-REFLOW = ("couplings", "coupling_steps", "guidance", "anchor_steps")
+REFLOW = ("couplings", "coupling_steps", "anchor_steps")
 SETTINGS = {"vae": (*COMMON, "text", "vae_batch_size", "vae_frames", "vae_steps", "vae_lr", "kl_weight"), "cfm": (*FLOW, "cfm_steps", "sigma_min"),
-            "rf1": (*FLOW, "rf1_steps", "logit_mean", "logit_std", "pairing"),
-            "rf2": (*FLOW, *REFLOW, "rf2_steps", "mix_exp_a"), "distill": (*COMMON, *REFLOW, "batch_size", "lr", "distill_steps")}
+            "rf1": (*FLOW, "rf1_lr", "rf1_steps", "logit_mean", "logit_std", "pairing"),
+            "rf2": (*FLOW, *REFLOW, "guidance", "rf2_steps", "mix_exp_a"), "distill": (*COMMON, *REFLOW, "distill_guidance", "batch_size", "lr", "distill_steps")}
 
 
 def settings_of(run: Run, stage: str) -> dict:
@@ -180,7 +182,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw, l
     draw returns the tensors of a batch, clips first, on the CPU. spent: seconds that the stage has taken already.
     """
     flags, folder, settings = run.flags, run.folder(stage), settings_of(run, stage)
-    steps, peak = getattr(flags, f"{stage}_steps"), flags.vae_lr if stage == "vae" else flags.lr
+    steps, peak = getattr(flags, f"{stage}_steps"), {"vae": flags.vae_lr, "rf1": flags.rf1_lr}.get(stage, flags.lr)
     parameters = {n: p for n, p in model.requires_grad_(False).named_parameters() if n.split(".")[0] in parts}
     for p in parameters.values():
         p.requires_grad_(True)
@@ -216,12 +218,11 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw, l
                     share = loss_of(*part) * (len(part[0]) / len(batch[0]))
                 share.backward()
                 loss += share.detach()
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), flags.grad_clip)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), flags.grad_clip, foreach=True)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             decay = min(flags.ema, (step + 1) / (step + 10))                   # short memory at first
-            for name, p in parameters.items():
-                average[name].lerp_(p.detach(), 1 - decay)
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
             if step % 10 == 9 or step == steps - 1:
                 value = loss.item()
                 if not math.isfinite(value + norm.item()):
@@ -323,7 +324,7 @@ def train_flow(run: Run, stage: str) -> None:
 def train_on_couplings(run: Run, stage: str) -> None:
     """Stages rf2 and distill: on the couplings of the model before, with the text encoder frozen."""
     flags, teacher = run.flags, "rf1" if stage == "rf2" else "rf2"
-    model = run.load(teacher)
+    model, guidance = run.load(teacher), flags.guidance if stage == "rf2" else flags.distill_guidance
     contexts, place = run.data.contexts(model, run.text_source())
     place = np.resize(place[run.data.train], flags.couplings)                   # the caption of each pair
     shape = (flags.couplings, 2, *model.latent_shape())
@@ -338,10 +339,10 @@ def train_on_couplings(run: Run, stage: str) -> None:
             z0 = torch.randn(len(rows), *shape[2:], generator=run.generator(stage, "couplings", i))
             with run.autocast():
                 z1 = fa.make_couplings(model.dit, *(x.to(run.device) for x in (z0, context_of(rows), context_of(0 * rows))),
-                                       flags.coupling_steps, flags.guidance, flags.anchor_steps)
+                                       flags.coupling_steps, guidance, flags.anchor_steps)
             array[i:i + 64, 0], array[i:i + 64, 1] = z0, z1.cpu()
 
-    began, own = time.time(), [flags.seed, *(getattr(flags, name) for name in REFLOW)]
+    began, own = time.time(), [flags.seed, guidance, *(getattr(flags, name) for name in REFLOW)]
     path = run.data.cache / f"couplings_{stage}-{digest(run.data.key, own, run.weights(teacher))}.npy"
     pairs = cached(path, shape, fill)
     print(f"{stage}: {len(pairs)} couplings in {time.time() - began:.0f} s")
