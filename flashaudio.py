@@ -607,16 +607,30 @@ def mix_exp(n: int, a: float = 4.0, generator: torch.Generator | None = None) ->
     return torch.where(torch.rand(n, generator=generator) < 0.5, t, 1 - t)
 
 
-def immiscible_pairing(z1: Tensor, z0: Tensor) -> Tensor:
+def immiscible_pairing(z1: Tensor, z0: Tensor, context: Tensor | None = None, weight: float = 0.0) -> Tensor:
     """Eq. 9: hand out the noises z0 (B, ...) so that their total distance to the latents z1 (B, ...) is least.
 
     Only the noise changes places, so captions stay with their latents and the batch of noise stays exactly Gaussian.
-    Distance: unsquared L2 over the flattened latents, as in Immiscible Diffusion (Li et al. 2024).
+    Distance: unsquared L2 over the flattened latents, as in Immiscible Diffusion (Li et al. 2024). With weight > 0, a noise
+    costs weight x the distance between the pooled contexts (B, N, D) of the clip it had and the clip it gets, so that noise
+    tells little about the caption (C²OT, Cheng & Schwing 2025).
     """
     from scipy.optimize import linear_sum_assignment
     cost = torch.cdist(z1.flatten(1).float(), z0.flatten(1).float())            # (B, B)
+    if weight:
+        pooled = context.mean(1).float()
+        cost = cost + weight * torch.cdist(pooled, pooled)
     _, column = linear_sum_assignment(cost.cpu().numpy())
     return z0[torch.from_numpy(column).to(z0.device)]
+
+
+def knn_pairing(z1: Tensor, draws: Tensor) -> Tensor:
+    """For each latent z1 (B, ...), the nearest of its own k noises draws (k, B, ...) -> (B, ...).
+
+    Needs no assignment, but the noise is no longer exactly Gaussian (the KNN variant of Immiscible Diffusion, Li et al. 2025).
+    """
+    nearest = (draws - z1).flatten(2).norm(dim=2).argmin(0)                     # (B,)
+    return draws[nearest, torch.arange(len(z1))]
 
 
 def rectified_flow_loss(model: Velocity, z1: Tensor, z0: Tensor, t: Tensor, context: Tensor, sigma_min: float = 0.0) -> Tensor:
@@ -639,19 +653,25 @@ def distill_loss(model: Velocity, z1: Tensor, z0: Tensor, context: Tensor) -> Te
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-def guided_velocity(model: Velocity, z: Tensor, t: Tensor, context: Tensor, null: Tensor | None, guidance: float) -> Tensor:
+def guided_velocity(model: Velocity, z: Tensor, t: Tensor, context: Tensor, null: Tensor | None, guidance: float,
+                    cfg_zero: bool = False) -> Tensor:
     """v_cfg = v(z, t, ∅) + ω (v(z, t, c) - v(z, t, ∅)); ω = 1 is v(z, t, c) and costs one evaluation, not two.
 
-    z (B, ...), t (B,), context and null (B, N, D).
+    z (B, ...), t (B,), context and null (B, N, D). cfg_zero: v(z, t, ∅) is first scaled to fit v(z, t, c) best, sample by
+    sample, by s = <v_c, v_∅> / |v_∅|² (CFG-Zero*, Fan et al. 2025).
     """
     if guidance == 1.0:
         return model(z, t, context)
     v_null, v_cond = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([null, context])).chunk(2)
+    if cfg_zero:
+        scale = (v_cond * v_null).flatten(1).sum(1) / v_null.flatten(1).pow(2).sum(1).clamp(min=1e-12)
+        v_null = expand(scale, z) * v_null
     return v_null + guidance * (v_cond - v_null)
 
 
 def euler_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | None = None, steps: int = 1,
-                 guidance: float = 1.0, return_trajectory: bool = False, integer_time: bool = False) -> Tensor:
+                 guidance: float = 1.0, return_trajectory: bool = False, integer_time: bool = False,
+                 cfg_zero: bool = False) -> Tensor:
     """Eq. 14: z_{t + 1/T} = z_t + v(z_t, t, c) / T from noise z0 (B, ...) to data (B, ...).
 
     return_trajectory: all of z_0 .. z_1 instead, (steps + 1, B, ...). integer_time: hand the network t rounded down to
@@ -661,7 +681,7 @@ def euler_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | No
     z, trajectory = z0, [z0]
     for i in range(steps):
         t = (times[i] * 1000).floor() / 1000 if integer_time else times[i]
-        v = guided_velocity(model, z, t.expand(len(z)).to(z), context, null, guidance)
+        v = guided_velocity(model, z, t.expand(len(z)).to(z), context, null, guidance, cfg_zero)
         z = z + (times[i + 1] - times[i]).item() * v
         trajectory.append(z)
     return torch.stack(trajectory) if return_trajectory else z
@@ -678,7 +698,7 @@ def anchored_cfg_loss(anchor: Tensor, z: Tensor, v_cond: Tensor, v_null: Tensor,
 
 @torch.no_grad()
 def anchored_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, steps: int, guidance: float,
-                    anchor_steps: int = 10, lr: float = 1e-2, tolerance: float = 1e-5) -> Tensor:
+                    anchor_steps: int = 10, lr: float = 1e-2, tolerance: float = 1e-5, return_trajectory: bool = False) -> Tensor:
     """Eq. 10-11: guided Euler that optimises the null context ∅_t at every step to stay near the unguided path.
 
     z0 (B, ...), context and null (B, N, D) -> z1 (B, ...). After null-text inversion (Mokady et al. 2023), which the paper
@@ -688,7 +708,7 @@ def anchored_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, 
     lies in the early stop.
     """
     anchors = euler_sample(model, z0, context, steps=steps, return_trajectory=True)
-    z, null, dt = z0, null.clone(), 1 / steps
+    z, null, dt, trajectory = z0, null.clone(), 1 / steps, [z0]
     for i in range(steps):
         t = torch.full((len(z),), i * dt, device=z.device)
         v_cond = model(z, t, context)
@@ -707,15 +727,21 @@ def anchored_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, 
             null[done] = before[done]
         null = null.detach()
         z = z + dt * (v_null + guidance * (v_cond - v_null)).detach()
-    return z
+        trajectory.append(z)
+    return torch.stack(trajectory) if return_trajectory else z
 
 
 def make_couplings(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, steps: int, guidance: float = 1.0,
-                   anchor_steps: int = 0) -> Tensor:
-    """Eq. 11: the sample z1' = ODE[v_cfg](z0 | c) that a flow reaches from each noise -> (B, ...). (z0, z1') is a coupling."""
-    if anchor_steps and guidance != 1.0:
-        return anchored_sample(model, z0, context, null, steps, guidance, anchor_steps)
-    return euler_sample(model, z0, context, null, steps, guidance)
+                   anchor_steps: int = 0, rectify: str = "anchored", lr: float = 1e-2, tolerance: float = 1e-5,
+                   return_trajectory: bool = False) -> Tensor:
+    """Eq. 11: the sample z1' = ODE[v_cfg](z0 | c) that a flow reaches from each noise -> (B, ...). (z0, z1') is a coupling.
+
+    rectify: how guidance is kept in bounds: "anchored" (Eq. 10, the paper's, with anchor_steps > 0; the others as in
+    anchored_sample), "cfg_zero", or "plain", not at all.
+    """
+    if rectify == "anchored" and guidance != 1.0 and anchor_steps:
+        return anchored_sample(model, z0, context, null, steps, guidance, anchor_steps, lr, tolerance, return_trajectory)
+    return euler_sample(model, z0, context, null, steps, guidance, return_trajectory, cfg_zero=rectify == "cfg_zero")
 
 
 # ---------------------------------------------------------------------------------------------------------------------------

@@ -103,6 +103,23 @@ def test_pairing_equals_brute_force(size):
     assert torch.equal(z1, before)                                                          # data stay with their captions
 
 
+def test_c2ot_pairing_equals_brute_force_and_keeps_noise_with_its_caption():
+    z1, z0, c = (torch.randn(5, 3, 4, generator=rng(i)) for i in range(3))
+    pooled = c.mean(1)
+    for weight in (0.0, 0.7, 1e3):
+        paired = fa.immiscible_pairing(z1, z0, c, weight)
+        cost = torch.cdist(z1.flatten(1), z0.flatten(1)) + weight * torch.cdist(pooled, pooled)
+        best = min(itertools.permutations(range(5)), key=lambda p: cost[range(5), p].sum().item())
+        assert torch.equal(paired, z0[list(best)])
+    assert torch.equal(paired, z0)                                              # a large weight: nothing moves
+
+
+def test_knn_pairing_takes_the_nearest_draw_of_each_clip():
+    z1, draws = torch.randn(6, 3, 4, generator=rng()), torch.randn(4, 6, 3, 4, generator=rng(1))
+    expected = torch.stack([min(draws[:, i], key=lambda z: (z - z1[i]).norm().item()) for i in range(6)])
+    assert torch.equal(fa.knn_pairing(z1, draws), expected)
+
+
 # ---- losses -----------------------------------------------------------------------------------------------------------------
 
 def test_losses_are_zero_at_the_true_velocity_and_right_elsewhere():
@@ -178,6 +195,28 @@ def test_guidance_one_is_the_conditional_velocity_and_others_extrapolate():
     assert torch.equal(fa.guided_velocity(model.dit, z, t, context, null, 1.0), cond)
     torch.testing.assert_close(fa.guided_velocity(model.dit, z, t, context, null, 3.0), uncond + 3 * (cond - uncond))
     assert (cond - uncond).abs().max() > 1e-3
+
+
+def test_cfg_zero_scales_the_unconditional_velocity_to_fit():
+    cond, null = torch.randn(2, 3, 4, generator=rng()), torch.randn(2, 3, 4, generator=rng(1))
+    z, t, c = torch.zeros(2, 3, 4), torch.zeros(2), torch.zeros(2, 1)
+    velocity = lambda null: lambda z, t, c: torch.cat([null, cond])             # guidance asks for both at once
+    scale = torch.stack([(cond[i] * null[i]).sum() / (null[i] ** 2).sum() for i in range(2)]).view(2, 1, 1)
+    torch.testing.assert_close(fa.guided_velocity(velocity(null), z, t, c, c, 3.0, cfg_zero=True), scale * null + 3 * (cond - scale * null))
+    torch.testing.assert_close(fa.guided_velocity(velocity(-5 * cond), z, t, c, c, 3.0, cfg_zero=True), cond)   # only its length differs
+
+
+def test_couplings_are_rectified_in_the_way_that_is_asked_for():
+    model, z0 = tiny_model().requires_grad_(False), torch.randn(2, 20, 16, generator=rng())
+    context, null = model.text(["rain", "a bell"]), model.text(["", ""])
+    make = lambda guidance, **how: fa.make_couplings(model.dit, z0, context, null, 4, guidance, **how)
+    plain = fa.euler_sample(model.dit, z0, context, null, 4, 5.0)
+    assert torch.equal(make(5.0, rectify="plain", anchor_steps=3), plain)
+    assert torch.equal(make(5.0, rectify="cfg_zero"), fa.euler_sample(model.dit, z0, context, null, 4, 5.0, cfg_zero=True))
+    anchored = make(5.0, anchor_steps=3, lr=0.1, tolerance=0.0, return_trajectory=True)
+    assert anchored.shape == (5, 2, 20, 16)
+    assert torch.equal(anchored[-1], fa.anchored_sample(model.dit, z0, context, null, 4, 5.0, 3, 0.1, 0.0))
+    assert (anchored[-1] - plain).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("steps", [1, 3, 24])
@@ -671,7 +710,7 @@ def test_push_to_hub_uploads_what_from_pretrained_loads(tmp_path, monkeypatch):
 
 def test_public_judge_scores_the_real_clips_best(tmp_path):
     from transformers import ASTConfig, ASTFeatureExtractor, ASTForAudioClassification
-    from data.judges import PublicJudge
+    from data.evaluate import PublicJudge
     from data.manifest import Data
     save_text_model("clap", tmp_path / "clap")
     torch.manual_seed(0)
@@ -731,6 +770,15 @@ QUICK = ["--batch_size", 4, "--vae_steps", 4, "--cfm_steps", 4, "--rf1_steps", 3
 
 
 @pytest.fixture(scope="module")
+def judge_file(tmp_path_factory) -> Path:
+    """The trained judge of the toy set."""
+    from data import toy
+    path = tmp_path_factory.mktemp("judge") / "judge.safetensors"
+    toy.train_judge(path, progress=False)
+    return path
+
+
+@pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """A run of all stages on six tones, a few steps each."""
     folder = tmp_path_factory.mktemp("run")
@@ -750,6 +798,77 @@ def test_train_runs_every_stage(trained):
     assert {"rows", "config", "seed", "hardware", "seconds"} <= set(results)
     for stage in ("vae", "cfm", "rf1", "rf2", "distill"):
         FlashAudio.from_pretrained(trained / "out" / stage)
+
+
+def test_timesteps_follow_the_flags():
+    import train
+    flags = train.Flags(rf1_timesteps="mix_exp", mix_exp_a=2.0, rf2_timesteps="uniform", cfm_timesteps="logit_normal", logit_mean=0.5)
+    cdf = {"rf1": lambda x: 0.5 + (np.exp(2 * x) - np.exp(2 * (1 - x))) / (2 * (np.exp(2) - 1)), "rf2": lambda x: x,
+           "cfm": lambda x: stats.norm.cdf(np.log(x / (1 - x)) - 0.5)}
+    for stage in cdf:
+        t = train.timesteps(flags, stage, 20_000, rng()).double().numpy()
+        assert stats.kstest(t, cdf[stage]).pvalue > 0.01 and all(stats.kstest(t, cdf[s]).pvalue < 1e-6 for s in cdf if s != stage)
+
+
+def in_process(*flags) -> None:
+    import train
+    train.main(train.parse_flags([str(f) for f in flags]))
+
+
+def test_the_three_readings_of_pairing_in_reflow(trained, tmp_path, monkeypatch):
+    import shutil
+    pairs, weights = {}, {}
+    for reading in ("off", "before", "literal"):
+        if reading == "literal":                    # so few steps leave samples at their own noise: pair them otherwise
+            monkeypatch.setattr(fa, "immiscible_pairing", lambda z1, z0: z0.flip(0))
+        shutil.copytree(trained / "out", tmp_path / reading)
+        in_process("--data", trained / "clips/manifest.csv", "--out", tmp_path / reading, *QUICK, "--pairing_reflow", reading, "--stage", "rf2")
+        pairs[reading] = np.load(next((tmp_path / reading / "cache").glob("couplings_rf2-*.npy")))
+        weights[reading] = (tmp_path / reading / "rf2/model.safetensors").read_bytes()
+    assert np.array_equal(pairs["off"], pairs["literal"]) and weights["off"] != weights["literal"]
+    noise = lambda reading: np.array(sorted(pairs[reading][:, 0].reshape(6, -1).tolist()))
+    assert np.array_equal(noise("off"), noise("before")) and not np.array_equal(pairs["off"][:, 0], pairs["before"][:, 0])
+    model = FlashAudio.from_pretrained(trained / "out/rf1")
+    latents = model.scale_factor.item() * np.load(next((trained / "out/cache").glob("latents-*.npy")))[:, 0]
+    far = lambda reading: np.linalg.norm((pairs[reading][:, 0] - latents).reshape(6, -1), axis=1).sum()
+    assert far("before") < far("off")
+
+
+def test_rf1_may_start_anew_and_pair_in_other_ways(trained, tmp_path):
+    import shutil
+    weights = {"full": (trained / "out/rf1/model.safetensors").read_bytes()}
+    for name, flags in {"anew": ("--init", "none"), **{p: ("--pairing", p) for p in ("none", "knn", "c2ot")}}.items():
+        shutil.copytree(trained / "out", tmp_path / name)
+        in_process("--data", trained / "clips/manifest.csv", "--out", tmp_path / name, *QUICK, *flags, "--stage", "rf1")
+        weights[name] = (tmp_path / name / "rf1/model.safetensors").read_bytes()
+    assert len(set(weights.values())) == 5
+
+
+def test_ablations_share_stages_continue_and_count_what_is_on_disk(judge_file, tmp_path, monkeypatch):
+    import shutil
+    from data import ablate, toy
+    rows = [("Table 2", "1-RF full", "rf1", {}), ("Table 2", "1-RF uniform t", "rf1", {"rf1_timesteps": "uniform"}),
+            ("Fig. 4", "ω = 3, anchored, 1", "rf2", {}), ("Pairing", "1-RF knn", "rf1", {"pairing": "knn"})]
+    monkeypatch.setattr(ablate, "plan", lambda: rows)
+    manifest = toy.write_toy_set(tmp_path / "toy", 8, 70)
+    (tmp_path / "out/cache").mkdir(parents=True)
+    shutil.copy(judge_file, tmp_path / "out/cache/judge.safetensors")
+    flags = ("--data", manifest, "--out", tmp_path / "out", *QUICK, "--ablate", "short", "--eval_clips", 70)
+    in_process(*flags)
+    made = {stage: sorted((tmp_path / "out").glob(f"{stage}-*")) for stage in ("vae", "cfm", "rf1", "rf2")}
+    assert [len(made[s]) for s in made] == [2, 2, 6, 2]                         # two seeds
+    tables = json.loads((tmp_path / "out/ablation.json").read_text())["tables"]
+    assert {n: list(t) for n, t in tables.items()} == {"Table 2": ["1-RF full", "1-RF uniform t"], "Fig. 4": [rows[2][1]], "Pairing": [rows[3][1]]}
+    assert {"fd couplings", "residual", "effective guidance", "fd 1 steps", "fd 4 steps"} <= set(tables["Fig. 4"][rows[2][1]])
+    assert tables["Pairing"]["1-RF knn"]["fixed"][0] < 0.5 and tables["Pairing"]["1-RF knn"]["distance saved"][0] > 0
+    files = sorted((tmp_path / "out/rows").iterdir())
+    times = [p.stat().st_mtime_ns for p in (*files, *made["rf1"])]
+    ours = [p for p in files if json.loads(p.read_text())["row"] == "1-RF full"]
+    for value, path in zip((3.0, 5.0), ours):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "figures": {"fd 24 steps": value}}))
+    in_process(*flags)                                                          # nothing is left to train
+    assert [p.stat().st_mtime_ns for p in made["rf1"]] == times[-6:]
+    assert json.loads((tmp_path / "out/ablation.json").read_text())["tables"]["Table 2"]["1-RF full"] == {"fd 24 steps": [4.0, 1.0, 2]}
 
 
 def test_training_from_a_public_checkpoint_ends_in_a_one_step_model(public_checkpoint, tmp_path):
@@ -924,15 +1043,14 @@ def test_toy_splits_share_nothing_and_test_holds_new_combinations(tmp_path):
     assert all((tmp_path / "b" / r["audio_path"]).read_bytes() == clip for r, clip in zip(rows, clips))
 
 
-def test_the_toy_judge_hears_real_clips_and_refuses_to_judge_below_its_bar(tmp_path):
+def test_the_toy_judge_hears_real_clips_and_refuses_to_judge_below_its_bar(judge_file, tmp_path):
     from data import toy
     rows = [r for r in csv.DictReader(open(toy.write_toy_set(tmp_path, 0, 128), encoding="utf-8"))]
     wav, scenes = torch.stack([fa.load_audio(tmp_path / r["audio_path"]) for r in rows]), [r["scene"] for r in rows]
-    judge = toy.train_judge(tmp_path / "judge.safetensors", progress=False)
+    judge = toy.train_judge(judge_file)
     assert toy.check_judge(judge, wav, scenes) >= 0.95
     embedding, posterior = judge.judge(wav)
     assert embedding.shape == (128, 64) and torch.allclose(posterior.exp().sum(1), torch.ones(128), atol=1e-4)
-    assert torch.equal(toy.train_judge(tmp_path / "judge.safetensors").judge(wav)[1], posterior)
     vocoded = torch.cat([fa.griffin_lim(mel) for mel in fa.mel_spectrogram(wav).split(16)])
     assert toy.check_judge(judge, vocoded, scenes, bar=0) >= 0.9
     claims = [ok for w, s in zip(wav.numpy(), scenes) for ok in toy.measure(w, s).values()]

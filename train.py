@@ -12,7 +12,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import sys
 import time
 from contextlib import nullcontext
@@ -21,6 +20,9 @@ from functools import partial
 from pathlib import Path
 
 STAGES = ("vae", "cfm", "rf1", "rf2", "distill", "eval")
+
+
+TIMESTEPS = ("uniform", "logit_normal", "mix_exp")
 
 
 def flag(default, text: str, **more):
@@ -33,7 +35,8 @@ class Flags:
     preset: str = flag("toy", "size of the model", choices=("toy", "small", "base", "large"))
     data: str = flag("toy", "manifest: a CSV with the columns audio_path,caption[,split]; 'toy' makes its own sounds")
     out: str = flag("", "folder of the run (default out/<preset>)")
-    init: str = flag("", "checkpoint of Make-An-Audio 3, a file or repo_id:path/in/repo; it stands in for stages vae and cfm")
+    init: str = flag("cfm", "where rf1 starts: stage cfm; none, new weights; or a checkpoint of Make-An-Audio 3, a file or "
+                            "repo_id:path/in/repo, which stands in for stages vae and cfm")
     text: str = flag("bytes", "text encoder: bytes (trained here), or a frozen CLAP, T5, BERT ... by folder or hub id; with --init "
                               "its tokenizers, 'BERT,T5'")
     vocoder: str = flag("griffin-lim", "of stage eval: griffin-lim, hifigan:<hub id or folder>, bigvgan:<folder>")
@@ -51,34 +54,50 @@ class Flags:
     lr_end: float = flag(0.05, "learning rate at the end of a stage, as a share of its peak; 1 keeps it constant")
     ema: float = flag(0.995, "decay of the weight average that is saved and sampled from; 0 is off")
     grad_clip: float = flag(1.0, "largest gradient norm")           # public code
-    vae_steps: int = flag(1600, "steps of stage vae")
-    cfm_steps: int = flag(1800, "steps of stage cfm")
-    rf1_steps: int = flag(300, "steps of stage rf1")
+    vae_steps: int = flag(1700, "steps of stage vae")
+    cfm_steps: int = flag(1750, "steps of stage cfm")
+    rf1_steps: int = flag(200, "steps of stage rf1")
     rf2_steps: int = flag(800, "steps of stage rf2")
-    distill_steps: int = flag(900, "steps of stage distill")
+    distill_steps: int = flag(1000, "steps of stage distill")
     kl_weight: float = flag(3e-3, "weight of the VAE's KL term")     # ours: large enough for a smooth latent
     caption_dropout: float = flag(0.2, "share of captions replaced by '' in training")   # public code
     sigma_min: float = flag(1e-4, "noise left in the data end of stage cfm")             # public code
-    logit_mean: float = flag(0.0, "μ of the logit-normal timesteps of stage rf1")        # Table 6: the best of -0.5, 0, 0.5
-    logit_std: float = flag(1.0, "σ of the logit-normal timesteps of stage rf1")         # Eq. 6
-    mix_exp_a: float = flag(4.0, "a of the Mix-Exp timesteps of stage rf2")              # Table 6: the best of 1, 2, 3, 4
-    pairing: str = flag("immiscible", "how stage rf1 pairs noise and data", choices=("immiscible", "none"))
-    couplings: int = flag(1200, "(noise, sample) pairs that rf2 and distill are each trained on")
+    cfm_timesteps: str = flag("uniform", "density of t in stage cfm", choices=TIMESTEPS)  # public code
+    rf1_timesteps: str = flag("logit_normal", "density of t in stage rf1", choices=TIMESTEPS)       # Eq. 6
+    rf2_timesteps: str = flag("mix_exp", "density of t in stage rf2", choices=TIMESTEPS)            # Eq. 8
+    logit_mean: float = flag(0.0, "μ of logit-normal timesteps")    # Table 6: the best of -0.5, 0, 0.5
+    logit_std: float = flag(1.0, "σ of logit-normal timesteps")     # Eq. 6
+    mix_exp_a: float = flag(4.0, "a of Mix-Exp timesteps")          # Table 6: the best of 1, 2, 3, 4
+    pairing: str = flag("immiscible", "how stage rf1 pairs noise and data", choices=("immiscible", "none", "knn", "c2ot"))
+    knn_draws: int = flag(4, "noises that each clip chooses from under knn")
+    c2ot_weight: float = flag(1.0, "weight of the distance of contexts under c2ot")
+    pairing_reflow: str = flag("off", "Eq. 9 in stage rf2: off; the noise, before the ODE; or the finished couplings, literally",
+                               choices=("off", "before", "literal"))
+    couplings: int = flag(1000, "(noise, sample) pairs that rf2 and distill are each trained on")
     coupling_steps: int = flag(7, "Euler steps per pair")
-    guidance: float = flag(3.0, "ω of the couplings of stage rf2")  # not in the paper; public sampler: 3
+    guidance: float = flag(2.0, "ω of the couplings of stage rf2")  # not in the paper
     distill_guidance: float = flag(1.0, "ω of the couplings of stage distill")   # the 2-RF learnt guided samples: once is enough
+    rectify: str = flag("anchored", "how guidance is kept in bounds", choices=("anchored", "cfg_zero", "plain"))
     anchor_steps: int = flag(1, "iterations of the anchored optimisation per Euler step; 0 is plain guidance")
+    anchor_lr: float = flag(1e-2, "its learning rate at t = 0")     # null-text inversion, as the tolerance and the paper's 10 steps
+    anchor_tol: float = flag(1e-5, "loss at t = 0 below which it leaves a sample alone, for steps of 1/50")
     eval_clips: int = flag(160, "held-out captions in stage eval")
     clap: str = flag("", "CLAP model of stage eval, folder or hub id, for fd and CLAP score; '' compares log-mels instead")
     ast: str = flag("", "AudioSet classifier (AST) of stage eval, folder or hub id, for the KL; needs --clap")
+    ablate: str = flag("", "train and measure the recipe with each ingredient changed, over several seeds", choices=("full", "short"))
+    seeds: int = flag(1, "seeds of --ablate, from --seed on [5 and 2]")
     save_every: float = flag(60.0, "seconds between checkpoints")
 
 
 # The paper gives batch size, learning rate and steps of the 1-RF (§4.1) and leaves the others open.
 PAPER = dict(batch_size=64, lr=4.8e-5, rf1_lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999, vae_frames=624, vae_lr=1e-4, kl_weight=1e-6,
              vae_steps=200_000, cfm_steps=200_000, rf1_steps=40_000, rf2_steps=40_000, distill_steps=40_000,
-             couplings=50_000, coupling_steps=24, anchor_steps=10, distill_guidance=3.0, grad_accum=4, eval_clips=1000, clap="laion/clap-htsat-unfused",
+             couplings=50_000, coupling_steps=24, anchor_steps=10, guidance=3.0, distill_guidance=3.0, grad_accum=4, eval_clips=1000, clap="laion/clap-htsat-unfused",
              ast="MIT/ast-finetuned-audioset-10-10-0.4593")
+# What the ablations change, so that five seeds take hours and not days
+ABLATIONS = {"full": dict(seeds=5, rf2_steps=400, distill_steps=400, couplings=600),
+             "short": dict(seeds=2, vae_steps=800, cfm_steps=600, rf1_steps=100, rf2_steps=150, distill_steps=150, couplings=128,
+                           eval_clips=96)}
 RECIPES = {"toy": {}, "small": PAPER, "base": PAPER, "large": PAPER}
 
 
@@ -89,9 +108,9 @@ def parse_flags(argv: list[str] | None = None) -> Flags:
         parser.add_argument(f"--{f.name}", type=type(f.default), default=None, metavar=None if more else f.name.upper(),
                             help=f"{f.metadata['help']} [{f.default}]", **more)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    given.setdefault("preset", "base" if given.get("init") else "toy")
-    flags = Flags(**{**RECIPES[given["preset"]], **given})
-    flags.out = flags.out or f"out/{flags.preset}"
+    given.setdefault("preset", "toy" if given.get("init", "cfm") in ("cfm", "none") else "base")
+    flags = Flags(**{**RECIPES[given["preset"]], **ABLATIONS.get(given.get("ablate"), {}), **given})
+    flags.out = flags.out or f"out/{'ablation' if flags.ablate else flags.preset}"
     return flags
 
 
@@ -105,9 +124,10 @@ from transformers import AutoConfig
 
 import flashaudio as fa
 from data import toy
-from data.judges import NearestClip, PublicJudge, ToyJudge, model_card, peak_memory, print_table
+from data.ablate import ablate
+from data.evaluate import evaluate, peak_memory
 from data.manifest import Data, bar, batch_indices, cached, digest
-from flashaudio import FlashAudio, InputError, write_atomically
+from flashaudio import FlashAudio, InputError
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # The training loop that all stages share
@@ -120,16 +140,21 @@ class Run:
     data: Data
     device: torch.device
 
+    @property
+    def public(self) -> str:
+        """The public checkpoint that the run starts from, or ""."""
+        return "" if self.flags.init in ("cfm", "none") else self.flags.init
+
     def folder(self, stage: str) -> Path:
-        """Of a stage's model. With --init, one model is both the VAE and the CFM."""
-        return Path(self.flags.out) / ("cfm" if self.flags.init and stage == "vae" else stage)
+        """Of a stage's model. A public checkpoint is both the VAE and the CFM."""
+        return Path(self.flags.out) / ("cfm" if self.public and stage == "vae" else stage)
 
     def weights(self, stage: str) -> Path:
         return self.folder(stage) / "model.safetensors"
 
     def text_source(self) -> Path | str:
         """What the frozen contexts depend on: the stage that trained the text encoder last, or the name of a ready-made one."""
-        return self.flags.init or (self.weights("rf1") if self.flags.text == "bytes" else self.flags.text)
+        return self.public or (self.weights("rf1") if self.flags.text == "bytes" else self.flags.text)
 
     def load(self, stage: str) -> FlashAudio:
         return FlashAudio.from_pretrained(self.folder(stage), str(self.device))
@@ -146,15 +171,19 @@ class Run:
 # unless its stage is named.
 COMMON = ("preset", "seed", "warmup", "lr_end", "ema", "grad_clip")
 FLOW = (*COMMON, "batch_size", "lr", "caption_dropout")
-REFLOW = ("couplings", "coupling_steps", "anchor_steps")
-SETTINGS = {"vae": (*COMMON, "text", "vae_batch_size", "vae_frames", "vae_steps", "vae_lr", "kl_weight"), "cfm": (*FLOW, "cfm_steps", "sigma_min"),
-            "rf1": (*FLOW, "rf1_lr", "rf1_steps", "logit_mean", "logit_std", "pairing"),
-            "rf2": (*FLOW, *REFLOW, "guidance", "rf2_steps", "mix_exp_a"), "distill": (*COMMON, *REFLOW, "distill_guidance", "batch_size", "lr", "distill_steps")}
+REFLOW = ("couplings", "coupling_steps", "rectify", "anchor_steps", "anchor_lr", "anchor_tol")
+DENSITY = ("logit_mean", "logit_std", "mix_exp_a")
+SETTINGS = {
+    "vae": (*COMMON, "text", "vae_batch_size", "vae_frames", "vae_steps", "vae_lr", "kl_weight"),
+    "cfm": (*FLOW, *DENSITY, "cfm_steps", "cfm_timesteps", "sigma_min"),
+    "rf1": (*FLOW, *DENSITY, "init", "rf1_lr", "rf1_steps", "rf1_timesteps", "pairing", "knn_draws", "c2ot_weight"),
+    "rf2": (*FLOW, *DENSITY, *REFLOW, "guidance", "rf2_steps", "rf2_timesteps", "pairing_reflow"),
+    "distill": (*COMMON, *REFLOW, "distill_guidance", "batch_size", "lr", "distill_steps")}
 
 
 def settings_of(run: Run, stage: str) -> dict:
-    if run.flags.init and stage == "cfm":
-        return {"init": run.flags.init, "text": run.flags.text}
+    if run.public and stage == "cfm":
+        return {"init": run.public, "text": run.flags.text}
     before = STAGES[STAGES.index(stage) - 1] if stage != "vae" else None
     if before and not run.weights(before).exists():
         raise InputError(f"stage {stage} starts from stage {before}, which is not trained yet in {run.flags.out}: "
@@ -239,7 +268,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw, l
     model.load_state_dict(average, strict=False)
     if stage == "vae":
         model.scale_factor.copy_(latent_scale(run, model))
-    seconds = spent + time.time() - began
+    seconds, model.card = spent + time.time() - began, ""
     model.save_pretrained(folder, stage=stage, settings=settings, flags=asdict(flags), seconds=round(seconds, 1))
     print(f"{stage}: {steps} steps in {seconds:.0f} s, loss {smooth or math.nan:.4f}, peak memory {peak_memory(run.device):.1f} GiB -> {folder}")
 
@@ -283,37 +312,49 @@ def train_vae(run: Run) -> None:
     fit(run, "vae", model, ("vae",), draw, lambda mel, noise: fa.vae_loss(model.vae, mel, noise, flags.kl_weight))
 
 
+def timesteps(flags: Flags, stage: str, n: int, generator: torch.Generator) -> Tensor:
+    """t of n clips in a flow stage -> (n,)."""
+    kind = getattr(flags, f"{stage}_timesteps")
+    if kind == "logit_normal":
+        return fa.logit_normal(n, flags.logit_mean, flags.logit_std, generator)
+    return fa.mix_exp(n, flags.mix_exp_a, generator) if kind == "mix_exp" else fa.uniform(n, generator)
+
+
 def import_checkpoint(run: Run) -> None:
     """In place of stages vae and cfm: the public model that the paper starts from (§3.2)."""
     flags = run.flags
-    model = FlashAudio.from_make_an_audio(flags.init, None if flags.text == "bytes" else tuple(flags.text.split(",")))
+    model = FlashAudio.from_make_an_audio(run.public, None if flags.text == "bytes" else tuple(flags.text.split(",")))
     model.save_pretrained(run.folder("cfm"), stage="cfm", settings=settings_of(run, "cfm"), flags=asdict(flags), seconds=0.0)
-    print(f"cfm: {flags.init} -> {run.folder('cfm')}")
+    print(f"cfm: {run.public} -> {run.folder('cfm')}")
 
 
 def train_flow(run: Run, stage: str) -> None:
     """Stages cfm and rf1: on latents of real clips, with the text encoder."""
-    flags, model = run.flags, run.load("vae" if stage == "cfm" else "cfm")
+    flags, model = run.flags, run.load("vae" if stage == "cfm" or run.flags.init == "none" else "cfm")
     latents, sigma_min = run.data.latents(model, run.weights("vae")), flags.sigma_min if stage == "cfm" else 0.0
     clips, scale = run.data.train, model.scale_factor.cpu()
     if model.text.trained:
         captions, null = model.text.tokenize(run.data.captions), model.text.tokenize([""])[0]
     else:
         contexts, place = run.data.contexts(model, run.text_source())
+        null = torch.from_numpy(contexts[0]).float()
 
     def draw(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         rows = clips[batch_indices(len(clips), flags.batch_size, step, flags.seed)]
         mean, std = torch.from_numpy(latents[rows]).unbind(1)                   # (B, C, L)
         z1 = scale * (mean + std * torch.randn(mean.shape, generator=generator))
         z0 = torch.randn(z1.shape, generator=generator)
-        if stage == "rf1" and flags.pairing == "immiscible":
-            z0 = fa.immiscible_pairing(z1, z0)
-        t = (fa.uniform(len(rows), generator) if stage == "cfm" else
-             fa.logit_normal(len(rows), flags.logit_mean, flags.logit_std, generator))
-        kept = torch.rand(len(rows), generator=generator) >= flags.caption_dropout
-        if model.text.trained:
-            return z1, z0, t, torch.where(kept[:, None], captions[rows], null)
-        return z1, z0, t, torch.from_numpy(contexts[place[rows] * kept.numpy()]).float()
+        text = captions[rows] if model.text.trained else torch.from_numpy(contexts[place[rows]]).float()
+        if stage == "rf1" and flags.pairing == "knn":
+            z0 = fa.knn_pairing(z1, torch.randn(flags.knn_draws, *z1.shape, generator=generator))
+        elif stage == "rf1" and flags.pairing != "none":
+            with torch.no_grad():
+                c = (model.text(text).cpu() if model.text.trained else text) if flags.pairing == "c2ot" else None
+            z0 = fa.immiscible_pairing(z1, z0, c, flags.c2ot_weight if flags.pairing == "c2ot" else 0.0)
+        t = timesteps(flags, stage, len(rows), generator)
+        dropped = torch.rand(len(rows), generator=generator) < flags.caption_dropout
+        text[dropped] = null
+        return z1, z0, t, text
 
     def loss_of(z1: Tensor, z0: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return fa.rectified_flow_loss(model.dit, z1, z0, t, model.text(c) if model.text.trained else c, sigma_min)
@@ -337,12 +378,18 @@ def train_on_couplings(run: Run, stage: str) -> None:
         for i in bar(range(0, len(array), 64), "pairs", unit="batch"):
             rows = place[i:i + 64]
             z0 = torch.randn(len(rows), *shape[2:], generator=run.generator(stage, "couplings", i))
+            if reading == "before":                 # near the latents of its captions
+                mean = torch.from_numpy(latents[np.resize(run.data.train, flags.couplings)[i:i + 64], 0])
+                z0 = fa.immiscible_pairing(model.scale_factor.cpu() * mean, z0)
             with run.autocast():
                 z1 = fa.make_couplings(model.dit, *(x.to(run.device) for x in (z0, context_of(rows), context_of(0 * rows))),
-                                       flags.coupling_steps, guidance, flags.anchor_steps)
+                                       flags.coupling_steps, guidance, flags.anchor_steps, flags.rectify,
+                                       lr=flags.anchor_lr, tolerance=flags.anchor_tol)
             array[i:i + 64, 0], array[i:i + 64, 1] = z0, z1.cpu()
 
-    began, own = time.time(), [flags.seed, guidance, *(getattr(flags, name) for name in REFLOW)]
+    reading = flags.pairing_reflow if stage == "rf2" else "off"
+    latents = run.data.latents(model, run.weights("vae")) if reading == "before" else None
+    began, own = time.time(), [flags.seed, guidance, reading == "before", *(getattr(flags, name) for name in REFLOW)]
     path = run.data.cache / f"couplings_{stage}-{digest(run.data.key, own, run.weights(teacher))}.npy"
     pairs = cached(path, shape, fill)
     print(f"{stage}: {len(pairs)} couplings in {time.time() - began:.0f} s")
@@ -352,71 +399,13 @@ def train_on_couplings(run: Run, stage: str) -> None:
         z0, z1 = torch.from_numpy(pairs[rows]).unbind(1)                        # (B, C, L)
         if stage == "distill":
             return z1, z0, context_of(place[rows])
+        if reading == "literal":                    # Algorithm 1 as printed: the noise of a coupling changes hands
+            z0 = fa.immiscible_pairing(z1, z0)
         kept = torch.rand(len(rows), generator=generator) >= flags.caption_dropout
-        return z1, z0, fa.mix_exp(len(rows), flags.mix_exp_a, generator), context_of(place[rows] * kept.numpy())
+        return z1, z0, timesteps(flags, stage, len(rows), generator), context_of(place[rows] * kept.numpy())
 
     loss = fa.distill_loss if stage == "distill" else fa.rectified_flow_loss
     fit(run, stage, model, ("dit",), draw, partial(loss, model.dit), spent=time.time() - began)
-
-
-# ---------------------------------------------------------------------------------------------------------------------------
-# Evaluation: each model at 1, 4 and 24 steps, judged on the waveforms
-# ---------------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(run: Run) -> None:
-    flags, data, began = run.flags, run.data, time.time()
-    rows = (data.test if len(data.test) else data.train)[:flags.eval_clips]
-    captions, model = [data.captions[i] for i in rows], run.load("vae")
-    seconds = model.config.frames * fa.HOP / fa.SAMPLE_RATE
-    real = torch.stack([fa.load_audio(data.rows[i]["audio_path"], model.config.frames * fa.HOP) for i in rows])
-    if "scene" in data.rows[0]:
-        judge = ToyJudge(data, rows, real)
-    else:
-        judge = PublicJudge(data, rows, real, flags.clap, flags.ast, run.device) if flags.clap else NearestClip(data, rows, real)
-    vocoder, table = fa.load_vocoder(flags.vocoder, str(run.device)), []
-
-    def add(name: str, wav: Tensor, steps: int | None = None, guidance: float | None = None, straight: float | None = None,
-            elapsed: float | None = None) -> None:
-        nfe = steps and steps * (1 if guidance == 1 else 2)
-        rtf = elapsed and elapsed / (len(wav) * seconds)
-        table.append({"model": name, "steps": steps, "nfe": nfe, "guidance": guidance, **judge(wav), "straightness": straight,
-                      "rtf": rtf, "clips": len(wav), "judge": judge.name})
-
-    def simulate(model: FlashAudio, steps: int, guidance: float) -> tuple[Tensor, float, float]:
-        """Waveforms, straightness of the paths and seconds taken; noise i has the seed i, the same for every model."""
-        wav, straight, start = [], [], time.time()
-        z0 = torch.cat([model.noise([""], flags.seed + i, model.latent_shape()) for i in range(len(rows))])
-        for i in bar(range(0, len(rows), 64), "eval", unit="batch"):
-            path = model.sample_latents(captions[i:i + 64], steps, guidance, z0=z0[i:i + 64], return_trajectory=True)
-            straight.append(fa.straightness(path) * path.shape[1])
-            wav += [vocoder(mel).cpu() for mel in model.decode(path[-1]).split(8)]
-        return torch.cat(wav), sum(straight) / len(rows), time.time() - start
-
-    add("real", real)
-    mels = torch.tensor(data.mels[rows], device=run.device)
-    add("vae", torch.cat([vocoder(model.vae.decode(model.vae.encode(m)[0])).cpu() for m in mels.split(8)]))
-    for stage in STAGES[1:-1]:
-        model = run.load(stage)
-        for guidance in (1.0, 3.0) if stage == "cfm" else (1.0,):
-            wav24, straight, elapsed24 = simulate(model, 24, guidance)
-            for steps in ((1,) if stage == "distill" else (1, 4) if guidance == 1 else ()):
-                wav, _, elapsed = simulate(model, steps, guidance)
-                add(stage, wav, steps, guidance, straight, elapsed)
-            if stage != "distill":
-                add(stage, wav24, 24, guidance, straight, elapsed24)
-    spent = [json.loads((run.folder(s) / "config.json").read_text())["seconds"] for s in STAGES[:-1]]
-    chip = (torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else
-            f"{platform.processor() or platform.machine()} {run.device.type}, {torch.get_num_threads()} threads")
-    hardware = f"{chip}, torch {torch.__version__}"
-    results = {"rows": table, "config": asdict(flags), "seed": flags.seed, "hardware": hardware,
-               "seconds": round(sum(spent) + time.time() - began, 1)}
-    write_atomically(Path(flags.out) / "results.json", json.dumps(results, indent=2).encode())
-    for stage in STAGES[not not flags.init:-1]:
-        notes = json.loads((run.folder(stage) / "config.json").read_text())
-        write_atomically(run.folder(stage) / "README.md", model_card(notes, results).encode())
-    print_table(results)
 
 
 RUN_STAGE = {"vae": train_vae, "cfm": partial(train_flow, stage="cfm"), "rf1": partial(train_flow, stage="rf1"),
@@ -429,13 +418,15 @@ def main(flags: Flags) -> None:
     Path(flags.out).mkdir(parents=True, exist_ok=True)
     manifest = toy.write_toy_set(Path(flags.out) / "data") if flags.data == "toy" else Path(flags.data)
     run = Run(flags, Data(manifest, Path(flags.out) / "cache", fa.PRESETS[flags.preset].frames), device)
-    if flags.init:
+    if flags.ablate:
+        return ablate(sys.modules[__name__], flags, run.data, device)
+    if run.public:
         RUN_STAGE["cfm"] = import_checkpoint
     fa.load_vocoder(flags.vocoder)                  # what stage eval will need, asked for before the work and not after it
     if flags.clap and "scene" not in run.data.rows[0]:
         for name in filter(None, (flags.clap, flags.ast)):
             fa.hub_model(AutoConfig, name)
-    for stage in (STAGES[1:] if flags.init else STAGES) if flags.stage == "all" else (flags.stage,):
+    for stage in (STAGES[1:] if run.public else STAGES) if flags.stage == "all" else (flags.stage,):
         if stage != "eval" and is_done(run, stage):
             print(f"{stage}: done already")
             continue

@@ -1,20 +1,29 @@
-"""Judges of generated sound: called with waveforms (N, samples), one for each of the rows they were made with, they return
-{"fd", "kl", "accuracy", "measured", "clap"}; what a judge cannot tell is None. train.py picks one by what the manifest holds.
-Also what is written about a run: its table and the card of its models."""
+"""Stage eval: every model at 1, 4 and 24 steps, judged on the waveforms; the table of a run and the cards of its models.
+
+A judge is called with waveforms (N, samples), one for each of the rows it was made with, and returns
+{"fd", "kl", "accuracy", "measured", "clap"}; what it cannot tell is None. Which one depends on what the manifest holds.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import torch
 import torchaudio
 from torch import Tensor
 
+import flashaudio as fa
 from data import toy
-from data.manifest import Data
-from flashaudio import SAMPLE_RATE, clap_score, frechet_distance, hub_model, kl_divergence, mel_spectrogram
+from data.manifest import Data, bar
+from flashaudio import (SAMPLE_RATE, FlashAudio, clap_score, frechet_distance, hub_model, kl_divergence, mel_spectrogram,
+                        write_atomically)
 
 
 class ToyJudge:
@@ -93,6 +102,7 @@ def pooled(output) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
+STAGES = ("vae", "cfm", "rf1", "rf2", "distill")
 COLUMNS = ("model", "steps", "nfe", "guidance", "fd", "kl", "accuracy", "measured", "clap", "straightness", "rtf", "clips")
 
 
@@ -128,7 +138,7 @@ from flashaudio import FlashAudio
 wav = FlashAudio.from_pretrained("<this model>").generate(["a bell followed by rain"], steps={1 if stage == "distill" else 24}, seed=0)
 ```
 
-Data: `{flags["data"]}`. Preset: {flags["preset"]}. Starting point: {flags["init"] or "none"}. Text encoder: {flags["text"]}.
+Data: `{flags["data"]}`. Preset: {flags["preset"]}. Starting point: {flags["init"]}. Text encoder: {flags["text"]}.
 Steps of training: {", ".join(f"{s} {n}" for s, n in steps.items())}. Seed: {flags["seed"]}.
 
 The run's models, judged by {results["rows"][0]["judge"]} ({results["hardware"]}):
@@ -147,3 +157,60 @@ def peak_memory(device: torch.device) -> float:
         return float("nan")
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == "darwin" else 2 ** 20)
+
+
+@torch.no_grad()
+def evaluate(run: "Run") -> None:
+    """Measure the stages of a run of train.py; print the table, write results.json and the model cards."""
+    flags, data, began = run.flags, run.data, time.time()
+    rows = (data.test if len(data.test) else data.train)[:flags.eval_clips]
+    captions, model = [data.captions[i] for i in rows], run.load("vae")
+    seconds = model.config.frames * fa.HOP / fa.SAMPLE_RATE
+    real = torch.stack([fa.load_audio(data.rows[i]["audio_path"], model.config.frames * fa.HOP) for i in rows])
+    if "scene" in data.rows[0]:
+        judge = ToyJudge(data, rows, real)
+    else:
+        judge = PublicJudge(data, rows, real, flags.clap, flags.ast, run.device) if flags.clap else NearestClip(data, rows, real)
+    vocoder, table = fa.load_vocoder(flags.vocoder, str(run.device)), []
+
+    def add(name: str, wav: Tensor, steps: int | None = None, guidance: float | None = None, straight: float | None = None,
+            elapsed: float | None = None) -> None:
+        nfe = steps and steps * (1 if guidance == 1 else 2)
+        rtf = elapsed and elapsed / (len(wav) * seconds)
+        table.append({"model": name, "steps": steps, "nfe": nfe, "guidance": guidance, **judge(wav), "straightness": straight,
+                      "rtf": rtf, "clips": len(wav), "judge": judge.name})
+
+    def simulate(model: FlashAudio, steps: int, guidance: float, listen: bool = True) -> tuple[Tensor | None, float, float]:
+        """Waveforms, straightness of the paths and seconds taken; noise i has the seed i, the same for every model."""
+        wav, straight, start = [], [], time.time()
+        z0 = torch.cat([model.noise([""], flags.seed + i, model.latent_shape()) for i in range(len(rows))])
+        for i in bar(range(0, len(rows), 64), "eval", unit="batch"):
+            path = model.sample_latents(captions[i:i + 64], steps, guidance, z0=z0[i:i + 64], return_trajectory=True)
+            straight.append(fa.straightness(path) * path.shape[1])
+            if listen:
+                wav += [vocoder(mel).cpu() for mel in model.decode(path[-1]).split(8)]
+        return torch.cat(wav) if listen else None, sum(straight) / len(rows), time.time() - start
+
+    add("real", real)
+    mels = torch.tensor(data.mels[rows], device=run.device)
+    add("vae", torch.cat([vocoder(model.vae.decode(model.vae.encode(m)[0])).cpu() for m in mels.split(8)]))
+    for stage in STAGES[1:]:
+        model = run.load(stage)
+        for guidance in (1.0, 3.0) if stage == "cfm" else (1.0,):
+            wav24, straight, elapsed24 = simulate(model, 24, guidance, listen=stage != "distill")
+            for steps in ((1,) if stage == "distill" else (1, 4) if guidance == 1 else ()):
+                wav, _, elapsed = simulate(model, steps, guidance)
+                add(stage, wav, steps, guidance, straight, elapsed)
+            if stage != "distill":
+                add(stage, wav24, 24, guidance, straight, elapsed24)
+    spent = [json.loads((run.folder(s) / "config.json").read_text())["seconds"] for s in STAGES]
+    chip = (torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else
+            f"{platform.processor() or platform.machine()} {run.device.type}, {torch.get_num_threads()} threads")
+    hardware = f"{chip}, torch {torch.__version__}"
+    results = {"rows": table, "config": asdict(flags), "seed": flags.seed, "hardware": hardware,
+               "seconds": round(sum(spent) + time.time() - began, 1)}
+    write_atomically(Path(flags.out) / "results.json", json.dumps(results, indent=2).encode())
+    for stage in STAGES[1:] if run.public else STAGES:
+        notes = json.loads((run.folder(stage) / "config.json").read_text())
+        write_atomically(run.folder(stage) / "README.md", model_card(notes, results).encode())
+    print_table(results)

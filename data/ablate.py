@@ -1,0 +1,197 @@
+"""The claims of the paper one by one, over several seeds:  python train.py --ablate full  (or short), see `plan`.
+
+Each row of the plan is a recipe that differs from the full one in a flag or two. Stages are trained once for every combination of
+settings that they depend on, and shared by all rows that agree in them; a row that has been measured is a file in <out>/rows.
+Repeating the command continues. Judged on mels, before the vocoder.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import flashaudio as fa
+from data import toy
+from data.manifest import bar, digest
+from flashaudio import InputError, write_atomically
+
+def plan() -> list[tuple[str, str, str, dict]]:
+    """Table, row, the stage that is measured, and the flags that differ from the full recipe."""
+    rows = [("Table 2", f"1-RF {name}", "rf1", change) for name, change in {
+        "full": {}, "uniform t": dict(rf1_timesteps="uniform"), "not from CFM": dict(init="none"), "no pairing": dict(pairing="none")}.items()]
+    rows += [("Table 6", f"1-RF μ = {mean}", "rf1", dict(logit_mean=mean)) for mean in (-0.5, 0.0, 0.5)]
+    rows += [("Pairing", f"1-RF {name}", "rf1", dict(pairing=name)) for name in ("none", "immiscible", "knn", "c2ot")]
+    rows += [("Table 2", f"2-RF {name}", "rf2", change) for name, change in {
+        "full": {}, "uniform t": dict(rf2_timesteps="uniform"), "literal re-pairing": dict(pairing_reflow="literal")}.items()]
+    rows += [("Table 6", f"2-RF a = {a:g}", "rf2", dict(mix_exp_a=a)) for a in (1.0, 2.0, 3.0, 4.0)]
+    rows += [("Table 2", "2-RF paired before the ODE", "rf2", dict(pairing_reflow="before")),
+             ("Table 2", "2-RF from 1-RF without pairing", "rf2", dict(pairing="none"))]
+    for guidance in (1.0, 2.0, 3.0, 5.0):
+        ways = {"plain": dict(rectify="plain")}
+        if guidance > 1:
+            ways |= {"anchored, 1": {}, "CFG-Zero*": dict(rectify="cfg_zero")}
+        if guidance == 3:
+            ways |= {f"anchored, {n}": dict(anchor_steps=n) for n in (3, 10)}
+        rows += [("Fig. 4", f"ω = {guidance:g}, {name}", "rf2", dict(guidance=guidance, **change)) for name, change in ways.items()]
+    return rows + [("Fig. 2, 3", stage, stage, {}) for stage in ("cfm", "rf1", "rf2", "distill")]
+
+
+def shared(train, flags, data, device):
+    """A run of train.py whose stages live in folders named by what they depend on."""
+    class SharedRun(train.Run):
+        def folder(self, stage: str) -> Path:
+            chain = [{n: getattr(self.flags, n) for n in train.SETTINGS[s]} for s in train.STAGES[:train.STAGES.index(stage) + 1]]
+            return Path(self.flags.out) / f"{stage}-{digest(chain)}"
+    return SharedRun(flags, data, device)
+
+
+class Judge:
+    """Quality of latents (N, C, L) made for the held-out captions."""
+
+    def __init__(self, data, clips: int):
+        rows = (data.test if len(data.test) else data.train)[:clips]
+        if "scene" not in data.rows[0]:
+            raise InputError("--ablate needs the toy set: its judge is what tells the rows apart")
+        self.captions = [data.captions[i] for i in rows]
+        self.judge = toy.train_judge(data.cache / "judge.safetensors", progress=False)
+        self.scenes = torch.tensor([toy.scene_index(data.rows[i]["scene"]) for i in rows])
+        wav = torch.stack([fa.load_audio(data.rows[i]["audio_path"], toy.SAMPLES) for i in rows])
+        toy.check_judge(self.judge, wav, [data.rows[i]["scene"] for i in rows])
+        with torch.no_grad():
+            self.real = self.judge(fa.mel_spectrogram(wav))[0]
+
+    @torch.no_grad()
+    def __call__(self, model, z: torch.Tensor, name: str) -> dict:
+        embedding, posterior = self.judge(torch.cat([model.decode(part) for part in z.split(64)]).cpu())
+        return {f"fd {name}": fa.frechet_distance(embedding, self.real),
+                f"accuracy {name}": (posterior.argmax(1) == self.scenes).float().mean().item()}
+
+
+def contexts(model, captions: list[str], i: int) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        c = model.text(captions[i:i + 64])
+        return c, model.text([""]).expand(len(c), -1, -1)
+
+
+def measure(run, judge: Judge, table: str, stage: str) -> dict:
+    """The figures of one row."""
+    flags, model = run.flags, run.load(stage).requires_grad_(False)
+    z0 = torch.cat([model.noise([""], i, model.latent_shape()) for i in range(len(judge.captions))])
+    steps = {"cfm": (1, 2, 4, 8, 16, 24), "rf1": (1, 2, 4, 8, 16, 24), "rf2": (1, 2, 4, 8, 16, 24), "distill": (1,)}[stage] \
+        if table == "Fig. 2, 3" else (1, 4, 24) if stage == "rf2" else (24,)
+    found = {}
+    for n in steps:
+        path = torch.cat([model.sample_latents(judge.captions[i:i + 64], n, z0=z0[i:i + 64], return_trajectory=True)
+                          for i in range(0, len(z0), 64)], 1)
+        found |= judge(model, path[-1], f"{n} steps")
+    if table == "Fig. 2, 3":
+        path = torch.cat([model.sample_latents(judge.captions[i:i + 64], 24, z0=z0[i:i + 64], return_trajectory=True)
+                          for i in range(0, len(z0), 64)], 1)
+        found |= {"straightness": fa.straightness(path), "relative straightness": fa.straightness(path, relative=True)}
+    if table == "Fig. 4":
+        found |= measure_couplings(run, judge, z0)
+    if table == "Pairing":
+        found |= measure_pairing(run, model, judge, z0)
+    return found
+
+
+def measure_couplings(run, judge: Judge, z0: torch.Tensor) -> dict:
+    """Couplings of the 1-RF for the held-out captions: quality, residual to the unguided path, effective guidance."""
+    flags, model, ends, residual, effective = run.flags, run.load("rf1").requires_grad_(False), [], [], []
+    began = time.time()
+    for i in range(0, len(z0), 64):
+        c, null = contexts(model, judge.captions, i)
+        path = fa.make_couplings(model.dit, z0[i:i + 64], c, null, flags.coupling_steps, flags.guidance, flags.anchor_steps,
+                                 flags.rectify, lr=flags.anchor_lr, tolerance=flags.anchor_tol, return_trajectory=True)
+        anchor = fa.euler_sample(model.dit, z0[i:i + 64], c, steps=flags.coupling_steps)
+        ends.append(path[-1])
+        residual.append((path[-1] - anchor).pow(2).mean().item())
+        for k, v in enumerate(path.diff(dim=0) * flags.coupling_steps):         # |v_used - v_c| / |v_c - v_∅|
+            t = torch.full((len(c),), k / flags.coupling_steps)
+            with torch.no_grad():
+                cond, uncond = model.dit(path[k], t, c), model.dit(path[k], t, null)
+            effective.append(((v - cond).norm() / (cond - uncond).norm()).item())
+    return {**judge(model, torch.cat(ends), "couplings"), "residual": float(np.mean(residual)),
+            "effective guidance": float(np.mean(effective)), "seconds": time.time() - began}
+
+
+def measure_pairing(run, model, judge: Judge, z0: torch.Tensor) -> dict:
+    """What a pairing does to 2000 batches: distance saved (%), share of noises that stay, skew of p(z0|c), |v_c - v_∅|²."""
+    flags, data, generator = run.flags, run.data, torch.Generator().manual_seed(0)
+    latents, scale = data.latents(model, run.weights("vae")), model.scale_factor.cpu()
+    kinds = np.array([toy.scene_index(r["scene"]) for r in data.rows])
+    before, after, fixed, noises = [], [], [], {}
+    for _ in range(2000):
+        rows = data.train[torch.randperm(len(data.train), generator=generator)[:flags.batch_size].numpy()]
+        z1, plain = scale * torch.from_numpy(latents[rows, 0]), torch.randn(len(rows), *z0.shape[1:], generator=generator)
+        paired = plain
+        if flags.pairing == "knn":
+            paired = fa.knn_pairing(z1, torch.cat([plain[None], torch.randn(flags.knn_draws - 1, *plain.shape, generator=generator)]))
+        elif flags.pairing != "none":
+            c = contexts(model, [data.captions[i] for i in rows], 0)[0]
+            paired = fa.immiscible_pairing(z1, plain, c, flags.c2ot_weight if flags.pairing == "c2ot" else 0.0)
+        before.append((z1 - plain).flatten(1).norm(dim=1).mean().item())
+        after.append((z1 - paired).flatten(1).norm(dim=1).mean().item())
+        fixed.append((paired == plain).flatten(1).all(1).float().mean().item())
+        for kind, noise in zip(kinds[rows], paired):
+            noises.setdefault(int(kind), []).append(noise.flatten())
+    skew = [torch.stack(group).mean(0).pow(2).mean().item() * len(group) for group in noises.values() if len(group) > 1]
+    gaps = []
+    for i in range(0, len(z0), 64):
+        c, null = contexts(model, judge.captions, i)
+        for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+            z = model.sample_latents(c, 10, z0=z0[i:i + 64], return_trajectory=True)[round(10 * t)]
+            at = torch.full((len(c),), t)
+            with torch.no_grad():
+                gaps.append((model.dit(z, at, c) - model.dit(z, at, null)).pow(2).mean().item())
+    return {"distance saved": 100 * (1 - np.mean(after) / np.mean(before)), "fixed": float(np.mean(fixed)),
+            "skew": float(np.mean(skew)), "prediction gap": float(np.mean(gaps))}   # skew: 1 for noise that knows no caption
+
+
+def summary(files: list[Path]) -> dict:
+    """{table: {row: {figure: (mean, standard error, seeds)}}} of the rows in these files, in the order of the plan."""
+    found: dict = {}
+    for file in files:
+        held = json.loads(file.read_text())
+        for name, value in held["figures"].items():
+            found.setdefault((held["table"], held["row"]), {}).setdefault(name, []).append(value)
+    tables: dict = {}
+    for table, row, _, _ in plan():
+        if (table, row) in found:
+            tables.setdefault(table, {})[row] = {name: (float(np.mean(v)), float(np.std(v, ddof=1) / len(v) ** 0.5) if len(v) > 1 else None,
+                                                        len(v)) for name, v in found[table, row].items()}
+    return tables
+
+
+def print_tables(tables: dict) -> None:
+    for table, rows in tables.items():
+        names = list(dict.fromkeys(name for figures in rows.values() for name in figures))
+        print(f"\n{table}\n{'':32}" + "".join(f"{name:>24}" for name in names))
+        for row, figures in rows.items():
+            cells = [f"{f[0]:.3g}" + (f" ± {f[1]:.2g}" if f[1] is not None else "") if (f := figures.get(n)) else "-" for n in names]
+            print(f"{row:32}" + "".join(f"{cell:>24}" for cell in cells))
+
+
+def ablate(train, flags, data, device) -> None:
+    """Train and measure every row of the plan for every seed; print the tables and write <out>/ablation.json."""
+    out, judge = Path(flags.out), Judge(data, flags.eval_clips)
+    (out / "rows").mkdir(exist_ok=True)
+    own, files = {**vars(flags), "out": "", "seed": 0, "seeds": 0}, []
+    for seed, (table, row, stage, change) in bar([(s, r) for s in range(flags.seed, flags.seed + flags.seeds) for r in plan()], "ablate"):
+        files.append(out / "rows" / f"{digest(table, row, seed, own, data.key)}.json")
+        if files[-1].exists():
+            continue
+        run = shared(train, replace(flags, seed=seed, **change), data, device)
+        for step in train.STAGES[:train.STAGES.index(stage) + 1]:
+            if not train.is_done(run, step):
+                train.RUN_STAGE[step](run)
+        held = {"table": table, "row": row, "seed": seed, "change": change, "figures": measure(run, judge, table, stage)}
+        write_atomically(files[-1], json.dumps(held, indent=1).encode())
+    tables = summary(files)
+    write_atomically(out / "ablation.json", json.dumps({"tables": tables, "flags": vars(flags)}, indent=1).encode())
+    print_tables(tables)
