@@ -345,7 +345,7 @@ class TextEncoder(nn.Module):
     Every caption takes N / 4 tokens and padding is attended to like any other token, here and in the backbone: that is how the
     public systems work, and what makes a context independent of the batch it was made in.
     """
-    PIECES, BUCKETS, SPACE = (3, 4, 5), 4096, 3 + ord(" ")
+    PIECES, BUCKETS, SPACE = (3, 4, 5), 2048, 3 + ord(" ")
     trained = True
 
     def __init__(self, config: TextConfig, width: int):
@@ -714,7 +714,7 @@ def anchored_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, 
         v_cond = model(z, t, context)
         optimizer = torch.optim.Adam([null.requires_grad_(True)], lr=lr * (1 - i * dt / 2))
         for iteration in range(anchor_steps + 1):
-            with torch.enable_grad():
+            with torch.set_grad_enabled(iteration < anchor_steps):
                 v_null = model(z, t, null)
                 loss = anchored_cfg_loss(anchors[i + 1], z, v_cond, v_null, guidance, dt)
                 total = loss.sum()                  # each sample has its own ∅: their gradients do not mix
@@ -928,7 +928,7 @@ class FlashAudio(nn.Module):
                 raise InputError(f"{checkpoint}: keys missing: {missing}, keys left over: {surplus}")
             model.load_state_dict(state)
         except (KeyError, IndexError, AttributeError, RuntimeError) as e:
-            raise InputError(f"{checkpoint}: not a Make-An-Audio 3 checkpoint (missing or misshapen: {' '.join(str(e).split())})") from e
+            raise InputError(f"{checkpoint}: no Make-An-Audio 3 checkpoint (missing or misshapen: {' '.join(str(e).split())})") from e
         model.vocoder = load_vocoder(vocoder, device)
         return model.to(device).eval()
 

@@ -28,7 +28,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to [samples]")
     parser.add_argument("--batch_size", type=int, help="clips made at once [1 on a CPU, so that a clip is the same to the bit in any company; else 16]")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto is cuda where there is one [auto]")
-    parser.add_argument("--vocoder", default="griffin-lim", help="mel to waveform [griffin-lim]")
+    parser.add_argument("--vocoder", default="griffin-lim", help="griffin-lim, hifigan:<hub id or folder> or bigvgan:<folder> [griffin-lim]")
     return parser.parse_args(argv)
 
 
@@ -99,7 +99,8 @@ def file_names(prompts: list[str]) -> dict[str, str]:
 
 def main(flags: argparse.Namespace) -> None:
     prompts, source = check(flags), flags.model or newest_model()
-    vocoder, model = fa.load_vocoder(flags.vocoder), FlashAudio.from_pretrained(source, fa.find_device(flags.device))
+    device = fa.find_device(flags.device)
+    vocoder, model = fa.load_vocoder(flags.vocoder, str(device)), FlashAudio.from_pretrained(source, str(device))
     flags.out.mkdir(parents=True, exist_ok=True)
     nfe = flags.steps * (1 if flags.guidance == 1 else 2)
     names = file_names(prompts := list(dict.fromkeys(prompts)))

@@ -37,8 +37,8 @@ class Flags:
     out: str = flag("", "folder of the run (default out/<preset>)")
     init: str = flag("cfm", "where rf1 starts: stage cfm; none, new weights; or a checkpoint of Make-An-Audio 3, a file or "
                             "repo_id:path/in/repo, which stands in for stages vae and cfm")
-    text: str = flag("bytes", "text encoder: bytes (trained here), or a frozen CLAP, T5, BERT ... by folder or hub id; with --init "
-                              "its tokenizers, 'BERT,T5'")
+    text: str = flag("bytes", "text encoder: bytes (trained here), or a frozen CLAP, T5, BERT ... by folder or hub id; with a "
+                              "public checkpoint its tokenizers, 'BERT,T5'")
     vocoder: str = flag("griffin-lim", "of stage eval: griffin-lim, hifigan:<hub id or folder>, bigvgan:<folder>")
     stage: str = flag("all", "one stage to run, trained anew if its settings have changed", choices=("all", *STAGES))
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto is cuda where there is one")
@@ -54,10 +54,10 @@ class Flags:
     lr_end: float = flag(0.05, "learning rate at the end of a stage, as a share of its peak; 1 keeps it constant")
     ema: float = flag(0.995, "decay of the weight average that is saved and sampled from; 0 is off")
     grad_clip: float = flag(1.0, "largest gradient norm")           # public code
-    vae_steps: int = flag(1700, "steps of stage vae")
-    cfm_steps: int = flag(1750, "steps of stage cfm")
+    vae_steps: int = flag(1800, "steps of stage vae")
+    cfm_steps: int = flag(1700, "steps of stage cfm")
     rf1_steps: int = flag(200, "steps of stage rf1")
-    rf2_steps: int = flag(800, "steps of stage rf2")
+    rf2_steps: int = flag(750, "steps of stage rf2")
     distill_steps: int = flag(1000, "steps of stage distill")
     kl_weight: float = flag(3e-3, "weight of the VAE's KL term")     # ours: large enough for a smooth latent
     caption_dropout: float = flag(0.2, "share of captions replaced by '' in training")   # public code
@@ -73,7 +73,8 @@ class Flags:
     c2ot_weight: float = flag(1.0, "weight of the distance of contexts under c2ot")
     pairing_reflow: str = flag("off", "Eq. 9 in stage rf2: off; the noise, before the ODE; or the finished couplings, literally",
                                choices=("off", "before", "literal"))
-    couplings: int = flag(1000, "(noise, sample) pairs that rf2 and distill are each trained on")
+    couplings: int = flag(1000, "(noise, sample) pairs that rf2 is trained on")
+    distill_couplings: int = flag(2400, "pairs that distill is trained on")      # without guidance they cost a sixth
     coupling_steps: int = flag(7, "Euler steps per pair")
     guidance: float = flag(2.0, "ω of the couplings of stage rf2")  # not in the paper
     distill_guidance: float = flag(1.0, "ω of the couplings of stage distill")   # the 2-RF learnt guided samples: once is enough
@@ -92,11 +93,11 @@ class Flags:
 # The paper gives batch size, learning rate and steps of the 1-RF (§4.1) and leaves the others open.
 PAPER = dict(batch_size=64, lr=4.8e-5, rf1_lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999, vae_frames=624, vae_lr=1e-4, kl_weight=1e-6,
              vae_steps=200_000, cfm_steps=200_000, rf1_steps=40_000, rf2_steps=40_000, distill_steps=40_000,
-             couplings=50_000, coupling_steps=24, anchor_steps=10, guidance=3.0, distill_guidance=3.0, grad_accum=4, eval_clips=1000, clap="laion/clap-htsat-unfused",
+             couplings=50_000, distill_couplings=50_000, coupling_steps=24, anchor_steps=10, guidance=3.0, distill_guidance=3.0, grad_accum=4, eval_clips=1000, clap="laion/clap-htsat-unfused",
              ast="MIT/ast-finetuned-audioset-10-10-0.4593")
 # What the ablations change, so that five seeds take hours and not days
-ABLATIONS = {"full": dict(seeds=5, rf2_steps=400, distill_steps=400, couplings=600),
-             "short": dict(seeds=2, vae_steps=800, cfm_steps=600, rf1_steps=100, rf2_steps=150, distill_steps=150, couplings=128,
+ABLATIONS = {"full": dict(seeds=5, rf2_steps=400, distill_steps=400, couplings=600, distill_couplings=600),
+             "short": dict(seeds=2, vae_steps=800, cfm_steps=600, rf1_steps=100, rf2_steps=150, distill_steps=150, couplings=128, distill_couplings=128,
                            eval_clips=96)}
 RECIPES = {"toy": {}, "small": PAPER, "base": PAPER, "large": PAPER}
 
@@ -171,14 +172,14 @@ class Run:
 # unless its stage is named.
 COMMON = ("preset", "seed", "warmup", "lr_end", "ema", "grad_clip")
 FLOW = (*COMMON, "batch_size", "lr", "caption_dropout")
-REFLOW = ("couplings", "coupling_steps", "rectify", "anchor_steps", "anchor_lr", "anchor_tol")
+REFLOW = ("coupling_steps", "rectify", "anchor_steps", "anchor_lr", "anchor_tol")
 DENSITY = ("logit_mean", "logit_std", "mix_exp_a")
 SETTINGS = {
     "vae": (*COMMON, "text", "vae_batch_size", "vae_frames", "vae_steps", "vae_lr", "kl_weight"),
     "cfm": (*FLOW, *DENSITY, "cfm_steps", "cfm_timesteps", "sigma_min"),
     "rf1": (*FLOW, *DENSITY, "init", "rf1_lr", "rf1_steps", "rf1_timesteps", "pairing", "knn_draws", "c2ot_weight"),
-    "rf2": (*FLOW, *DENSITY, *REFLOW, "guidance", "rf2_steps", "rf2_timesteps", "pairing_reflow"),
-    "distill": (*COMMON, *REFLOW, "distill_guidance", "batch_size", "lr", "distill_steps")}
+    "rf2": (*FLOW, *DENSITY, *REFLOW, "couplings", "guidance", "rf2_steps", "rf2_timesteps", "pairing_reflow"),
+    "distill": (*COMMON, *REFLOW, "distill_couplings", "distill_guidance", "batch_size", "lr", "distill_steps")}
 
 
 def settings_of(run: Run, stage: str) -> dict:
@@ -367,8 +368,9 @@ def train_on_couplings(run: Run, stage: str) -> None:
     flags, teacher = run.flags, "rf1" if stage == "rf2" else "rf2"
     model, guidance = run.load(teacher), flags.guidance if stage == "rf2" else flags.distill_guidance
     contexts, place = run.data.contexts(model, run.text_source())
-    place = np.resize(place[run.data.train], flags.couplings)                   # the caption of each pair
-    shape = (flags.couplings, 2, *model.latent_shape())
+    count = flags.couplings if stage == "rf2" else flags.distill_couplings
+    place = np.resize(place[run.data.train], count)                   # the caption of each pair
+    shape = (count, 2, *model.latent_shape())
 
     def context_of(rows: np.ndarray) -> Tensor:
         return torch.from_numpy(contexts[rows]).float()                         # (B, N, D)
@@ -379,7 +381,7 @@ def train_on_couplings(run: Run, stage: str) -> None:
             rows = place[i:i + 64]
             z0 = torch.randn(len(rows), *shape[2:], generator=run.generator(stage, "couplings", i))
             if reading == "before":                 # near the latents of its captions
-                mean = torch.from_numpy(latents[np.resize(run.data.train, flags.couplings)[i:i + 64], 0])
+                mean = torch.from_numpy(latents[np.resize(run.data.train, count)[i:i + 64], 0])
                 z0 = fa.immiscible_pairing(model.scale_factor.cpu() * mean, z0)
             with run.autocast():
                 z1 = fa.make_couplings(model.dit, *(x.to(run.device) for x in (z0, context_of(rows), context_of(0 * rows))),
@@ -389,7 +391,7 @@ def train_on_couplings(run: Run, stage: str) -> None:
 
     reading = flags.pairing_reflow if stage == "rf2" else "off"
     latents = run.data.latents(model, run.weights("vae")) if reading == "before" else None
-    began, own = time.time(), [flags.seed, guidance, reading == "before", *(getattr(flags, name) for name in REFLOW)]
+    began, own = time.time(), [flags.seed, count, guidance, reading == "before", *(getattr(flags, name) for name in REFLOW)]
     path = run.data.cache / f"couplings_{stage}-{digest(run.data.key, own, run.weights(teacher))}.npy"
     pairs = cached(path, shape, fill)
     print(f"{stage}: {len(pairs)} couplings in {time.time() - began:.0f} s")

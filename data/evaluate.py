@@ -103,7 +103,7 @@ def pooled(output) -> Tensor:
 
 
 STAGES = ("vae", "cfm", "rf1", "rf2", "distill")
-COLUMNS = ("model", "steps", "nfe", "guidance", "fd", "kl", "accuracy", "measured", "clap", "straightness", "rtf", "clips")
+COLUMNS = ("model", "steps", "nfe", "guidance", "fd", "kl", "accuracy", "measured", "clap", "straightness", "rtf", "clips", "judge")
 
 
 def cells(row: dict) -> list[str]:
