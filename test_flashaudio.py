@@ -834,14 +834,17 @@ def test_the_three_readings_of_pairing_in_reflow(trained, tmp_path, monkeypatch)
     assert far("before") < far("off")
 
 
-def test_rf1_may_start_anew_and_pair_in_other_ways(trained, tmp_path):
+def test_rf1_may_start_anew_and_pair_in_other_ways(trained, tmp_path, monkeypatch):
     import shutil
-    weights = {"full": (trained / "out/rf1/model.safetensors").read_bytes()}
-    for name, flags in {"anew": ("--init", "none"), **{p: ("--pairing", p) for p in ("none", "knn", "c2ot")}}.items():
+    weights, seen, real = {"full": (trained / "out/rf1/model.safetensors").read_bytes()}, [], fa.immiscible_pairing
+    monkeypatch.setattr(fa, "immiscible_pairing", lambda z1, z0, c, weight: seen.append((c is not None, weight)) or real(z1, z0, c, weight))
+    for name, flags in {"anew": ("--init", "none"), "none": ("--pairing", "none"), "knn": ("--pairing", "knn"),
+                        "c2ot": ("--pairing", "c2ot", "--c2ot_weight", 0.25)}.items():
         shutil.copytree(trained / "out", tmp_path / name)
         in_process("--data", trained / "clips/manifest.csv", "--out", tmp_path / name, *QUICK, *flags, "--stage", "rf1")
         weights[name] = (tmp_path / name / "rf1/model.safetensors").read_bytes()
-    assert len(set(weights.values())) == 5
+    assert len({weights[name] for name in ("full", "anew", "none", "knn")}) == 4
+    assert seen == [(False, 0.0)] * 3 + [(True, 0.25)] * 3                      # three steps of "anew", three of "c2ot"
 
 
 def test_ablations_share_stages_continue_and_count_what_is_on_disk(judge_file, tmp_path, monkeypatch):

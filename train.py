@@ -70,7 +70,7 @@ class Flags:
     mix_exp_a: float = flag(4.0, "a of Mix-Exp timesteps")          # Table 6: the best of 1, 2, 3, 4
     pairing: str = flag("immiscible", "how stage rf1 pairs noise and data", choices=("immiscible", "none", "knn", "c2ot"))
     knn_draws: int = flag(4, "noises that each clip chooses from under knn")
-    c2ot_weight: float = flag(1.0, "weight of the distance of contexts under c2ot")
+    c2ot_weight: float = flag(0.1, "weight of the distance of contexts under c2ot")  # at toy size a quarter of the noise stays
     pairing_reflow: str = flag("off", "Eq. 9 in stage rf2: off; the noise, before the ODE; or the finished couplings, literally",
                                choices=("off", "before", "literal"))
     couplings: int = flag(1000, "(noise, sample) pairs that rf2 is trained on")
