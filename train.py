@@ -20,8 +20,6 @@ from functools import partial
 from pathlib import Path
 
 STAGES = ("vae", "cfm", "rf1", "rf2", "distill", "eval")
-
-
 TIMESTEPS = ("uniform", "logit_normal", "mix_exp")
 
 
@@ -85,7 +83,8 @@ class Flags:
     eval_clips: int = flag(160, "held-out captions in stage eval")
     clap: str = flag("", "CLAP model of stage eval, folder or hub id, for fd and CLAP score; '' compares log-mels instead")
     ast: str = flag("", "AudioSet classifier (AST) of stage eval, folder or hub id, for the KL; needs --clap")
-    ablate: str = flag("", "train and measure the recipe with each ingredient changed, over several seeds", choices=("full", "short"))
+    ablate: str = flag("", "train and measure the recipe with each ingredient changed, over several seeds; full if bare",
+                       choices=("full", "short"), nargs="?", const="full")
     seeds: int = flag(1, "seeds of --ablate, from --seed on [5 and 2]")
     save_every: float = flag(60.0, "seconds between checkpoints")
 
@@ -93,12 +92,12 @@ class Flags:
 # The paper gives batch size, learning rate and steps of the 1-RF (§4.1) and leaves the others open.
 PAPER = dict(batch_size=64, lr=4.8e-5, rf1_lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999, vae_frames=624, vae_lr=1e-4, kl_weight=1e-6,
              vae_steps=200_000, cfm_steps=200_000, rf1_steps=40_000, rf2_steps=40_000, distill_steps=40_000,
-             couplings=50_000, distill_couplings=50_000, coupling_steps=24, anchor_steps=10, guidance=3.0, distill_guidance=3.0, grad_accum=4, eval_clips=1000, clap="laion/clap-htsat-unfused",
-             ast="MIT/ast-finetuned-audioset-10-10-0.4593")
+             couplings=50_000, distill_couplings=50_000, coupling_steps=24, anchor_steps=10, guidance=3.0, distill_guidance=3.0,
+             grad_accum=4, eval_clips=1000, clap="laion/clap-htsat-unfused", ast="MIT/ast-finetuned-audioset-10-10-0.4593")
 # What the ablations change, so that five seeds take hours and not days
 ABLATIONS = {"full": dict(seeds=5, rf2_steps=400, distill_steps=400, couplings=600, distill_couplings=600),
-             "short": dict(seeds=2, vae_steps=800, cfm_steps=600, rf1_steps=100, rf2_steps=150, distill_steps=150, couplings=128, distill_couplings=128,
-                           eval_clips=96)}
+             "short": dict(seeds=2, vae_steps=800, cfm_steps=600, rf1_steps=100, rf2_steps=150, distill_steps=150, couplings=128,
+                           distill_couplings=128, eval_clips=96)}
 RECIPES = {"toy": {}, "small": PAPER, "base": PAPER, "large": PAPER}
 
 
@@ -155,7 +154,9 @@ class Run:
 
     def text_source(self) -> Path | str:
         """What the frozen contexts depend on: the stage that trained the text encoder last, or the name of a ready-made one."""
-        return self.public or (self.weights("rf1") if self.flags.text == "bytes" else self.flags.text)
+        if self.public:
+            return self.weights("cfm")
+        return self.weights("rf1") if self.flags.text == "bytes" else self.flags.text
 
     def load(self, stage: str) -> FlashAudio:
         return FlashAudio.from_pretrained(self.folder(stage), str(self.device))
