@@ -322,6 +322,17 @@ def timesteps(flags: Flags, stage: str, n: int, generator: torch.Generator) -> T
     return fa.mix_exp(n, flags.mix_exp_a, generator) if kind == "mix_exp" else fa.uniform(n, generator)
 
 
+@torch.no_grad()
+def pair_noise(flags: Flags, z1: Tensor, z0: Tensor, context_of, generator: torch.Generator) -> Tensor:
+    """The noise that each clip gets under --pairing -> (B, C, L); context_of() gives the contexts, which c2ot alone needs."""
+    if flags.pairing == "none":
+        return z0
+    if flags.pairing == "knn":
+        return fa.knn_pairing(z1, torch.randn(flags.knn_draws, *z1.shape, generator=generator))
+    c2ot = flags.pairing == "c2ot"
+    return fa.immiscible_pairing(z1, z0, context_of() if c2ot else None, flags.c2ot_weight if c2ot else 0.0)
+
+
 def import_checkpoint(run: Run) -> None:
     """In place of stages vae and cfm: the public model that the paper starts from (§3.2)."""
     flags = run.flags
@@ -347,12 +358,8 @@ def train_flow(run: Run, stage: str) -> None:
         z1 = scale * (mean + std * torch.randn(mean.shape, generator=generator))
         z0 = torch.randn(z1.shape, generator=generator)
         text = captions[rows] if model.text.trained else torch.from_numpy(contexts[place[rows]]).float()
-        if stage == "rf1" and flags.pairing == "knn":
-            z0 = fa.knn_pairing(z1, torch.randn(flags.knn_draws, *z1.shape, generator=generator))
-        elif stage == "rf1" and flags.pairing != "none":
-            with torch.no_grad():
-                c = (model.text(text).cpu() if model.text.trained else text) if flags.pairing == "c2ot" else None
-            z0 = fa.immiscible_pairing(z1, z0, c, flags.c2ot_weight if flags.pairing == "c2ot" else 0.0)
+        if stage == "rf1":
+            z0 = pair_noise(flags, z1, z0, lambda: model.text(text).cpu() if model.text.trained else text, generator)
         t = timesteps(flags, stage, len(rows), generator)
         dropped = torch.rand(len(rows), generator=generator) < flags.caption_dropout
         text[dropped] = null
@@ -369,9 +376,9 @@ def train_on_couplings(run: Run, stage: str) -> None:
     flags, teacher = run.flags, "rf1" if stage == "rf2" else "rf2"
     model, guidance = run.load(teacher), flags.guidance if stage == "rf2" else flags.distill_guidance
     contexts, place = run.data.contexts(model, run.text_source())
-    count = flags.couplings if stage == "rf2" else flags.distill_couplings
-    place = np.resize(place[run.data.train], count)                   # the caption of each pair
-    shape = (count, 2, *model.latent_shape())
+    clips = np.resize(run.data.train, flags.couplings if stage == "rf2" else flags.distill_couplings)   # one for each pair
+    place = place[clips]
+    shape = (len(clips), 2, *model.latent_shape())
 
     def context_of(rows: np.ndarray) -> Tensor:
         return torch.from_numpy(contexts[rows]).float()                         # (B, N, D)
@@ -382,8 +389,7 @@ def train_on_couplings(run: Run, stage: str) -> None:
             rows = place[i:i + 64]
             z0 = torch.randn(len(rows), *shape[2:], generator=run.generator(stage, "couplings", i))
             if reading == "before":                 # near the latents of its captions
-                mean = torch.from_numpy(latents[np.resize(run.data.train, count)[i:i + 64], 0])
-                z0 = fa.immiscible_pairing(model.scale_factor.cpu() * mean, z0)
+                z0 = fa.immiscible_pairing(model.scale_factor.cpu() * torch.from_numpy(latents[clips[i:i + 64], 0]), z0)
             with run.autocast():
                 z1 = fa.make_couplings(model.dit, *(x.to(run.device) for x in (z0, context_of(rows), context_of(0 * rows))),
                                        flags.coupling_steps, guidance, flags.anchor_steps, flags.rectify,
@@ -392,7 +398,7 @@ def train_on_couplings(run: Run, stage: str) -> None:
 
     reading = flags.pairing_reflow if stage == "rf2" else "off"
     latents = run.data.latents(model, run.weights("vae")) if reading == "before" else None
-    began, own = time.time(), [flags.seed, count, guidance, reading == "before", *(getattr(flags, name) for name in REFLOW)]
+    began, own = time.time(), [flags.seed, len(clips), guidance, reading == "before", *(getattr(flags, name) for name in REFLOW)]
     path = run.data.cache / f"couplings_{stage}-{digest(run.data.key, own, run.weights(teacher))}.npy"
     pairs = cached(path, shape, fill)
     print(f"{stage}: {len(pairs)} couplings in {time.time() - began:.0f} s")

@@ -17,8 +17,10 @@ import torch
 
 import flashaudio as fa
 from data import toy
+from data.evaluate import ToyJudge
 from data.manifest import bar, digest
 from flashaudio import InputError, write_atomically
+
 
 def plan() -> list[tuple[str, str, str, dict]]:
     """Table, row, the stage that is measured, and the flags that differ from the full recipe."""
@@ -54,22 +56,17 @@ class Judge:
     """Quality of latents (N, C, L) made for the held-out captions."""
 
     def __init__(self, data, clips: int):
-        rows = (data.test if len(data.test) else data.train)[:clips]
+        rows = data.held_out(clips)
         if "scene" not in data.rows[0]:
             raise InputError("--ablate needs the toy set: its judge is what tells the rows apart")
         self.captions = [data.captions[i] for i in rows]
-        self.judge = toy.train_judge(data.cache / "judge.safetensors", progress=False)
-        self.scenes = torch.tensor([toy.scene_index(data.rows[i]["scene"]) for i in rows])
-        wav = torch.stack([fa.load_audio(data.rows[i]["audio_path"], toy.SAMPLES) for i in rows])
-        toy.check_judge(self.judge, wav, [data.rows[i]["scene"] for i in rows])
-        with torch.no_grad():
-            self.real = self.judge(fa.mel_spectrogram(wav))[0]
+        self.toy = ToyJudge(data, rows, torch.stack([fa.load_audio(data.rows[i]["audio_path"], toy.SAMPLES) for i in rows]))
 
     @torch.no_grad()
     def __call__(self, model, z: torch.Tensor, name: str) -> dict:
-        embedding, posterior = self.judge(torch.cat([model.decode(part) for part in z.split(64)]).cpu())
-        return {f"fd {name}": fa.frechet_distance(embedding, self.real),
-                f"accuracy {name}": (posterior.argmax(1) == self.scenes).float().mean().item()}
+        embedding, posterior = self.toy.judge(torch.cat([model.decode(part) for part in z.split(64)]).cpu())
+        return {f"fd {name}": fa.frechet_distance(embedding, self.toy.real),
+                f"accuracy {name}": (posterior.argmax(1) == self.toy.classes).float().mean().item()}
 
 
 def contexts(model, captions: list[str], i: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,25 +75,30 @@ def contexts(model, captions: list[str], i: int) -> tuple[torch.Tensor, torch.Te
         return c, model.text([""]).expand(len(c), -1, -1)
 
 
-def measure(run, judge: Judge, table: str, stage: str) -> dict:
+def measure(train, run, judge: Judge, table: str, stage: str) -> dict:
     """The figures of one row."""
-    flags, model = run.flags, run.load(stage).requires_grad_(False)
+    model = run.load(stage).requires_grad_(False)
     z0 = torch.cat([model.noise([""], i, model.latent_shape()) for i in range(len(judge.captions))])
-    steps = {"cfm": (1, 2, 4, 8, 16, 24), "rf1": (1, 2, 4, 8, 16, 24), "rf2": (1, 2, 4, 8, 16, 24), "distill": (1,)}[stage] \
-        if table == "Fig. 2, 3" else (1, 4, 24) if stage == "rf2" else (24,)
+
+    def simulate(n: int) -> torch.Tensor:
+        return torch.cat([model.sample_latents(judge.captions[i:i + 64], n, z0=z0[i:i + 64], return_trajectory=True)
+                          for i in range(0, len(z0), 64)], 1)                   # (n + 1, N, C, L)
+
+    if stage == "distill":
+        steps = (1,)
+    else:
+        steps = (1, 2, 4, 8, 16, 24) if table == "Fig. 2, 3" else (1, 4, 24) if stage == "rf2" else (24,)
     found = {}
     for n in steps:
-        path = torch.cat([model.sample_latents(judge.captions[i:i + 64], n, z0=z0[i:i + 64], return_trajectory=True)
-                          for i in range(0, len(z0), 64)], 1)
+        path = simulate(n)
         found |= judge(model, path[-1], f"{n} steps")
     if table == "Fig. 2, 3":
-        path = torch.cat([model.sample_latents(judge.captions[i:i + 64], 24, z0=z0[i:i + 64], return_trajectory=True)
-                          for i in range(0, len(z0), 64)], 1)
+        path = path if n == 24 else simulate(24)
         found |= {"straightness": fa.straightness(path), "relative straightness": fa.straightness(path, relative=True)}
     if table == "Fig. 4":
         found |= measure_couplings(run, judge, z0)
     if table == "Pairing":
-        found |= measure_pairing(run, model, judge, z0)
+        found |= measure_pairing(train, run, model, judge, z0)
     return found
 
 
@@ -120,7 +122,7 @@ def measure_couplings(run, judge: Judge, z0: torch.Tensor) -> dict:
             "effective guidance": float(np.mean(effective)), "seconds": time.time() - began}
 
 
-def measure_pairing(run, model, judge: Judge, z0: torch.Tensor) -> dict:
+def measure_pairing(train, run, model, judge: Judge, z0: torch.Tensor) -> dict:
     """What a pairing does to 2000 batches: distance saved (%), share of noises that stay, skew of p(z0|c), |v_c - v_∅|²."""
     flags, data, generator = run.flags, run.data, torch.Generator().manual_seed(0)
     latents, scale = data.latents(model, run.weights("vae")), model.scale_factor.cpu()
@@ -129,12 +131,7 @@ def measure_pairing(run, model, judge: Judge, z0: torch.Tensor) -> dict:
     for _ in range(2000):
         rows = data.train[torch.randperm(len(data.train), generator=generator)[:flags.batch_size].numpy()]
         z1, plain = scale * torch.from_numpy(latents[rows, 0]), torch.randn(len(rows), *z0.shape[1:], generator=generator)
-        paired = plain
-        if flags.pairing == "knn":
-            paired = fa.knn_pairing(z1, torch.cat([plain[None], torch.randn(flags.knn_draws - 1, *plain.shape, generator=generator)]))
-        elif flags.pairing != "none":
-            c = contexts(model, [data.captions[i] for i in rows], 0)[0]
-            paired = fa.immiscible_pairing(z1, plain, c, flags.c2ot_weight if flags.pairing == "c2ot" else 0.0)
+        paired = train.pair_noise(flags, z1, plain, lambda: model.text([data.captions[i] for i in rows]), generator)
         before.append((z1 - plain).flatten(1).norm(dim=1).mean().item())
         after.append((z1 - paired).flatten(1).norm(dim=1).mean().item())
         fixed.append((paired == plain).flatten(1).all(1).float().mean().item())
@@ -190,7 +187,7 @@ def ablate(train, flags, data, device) -> None:
         for step in train.STAGES[:train.STAGES.index(stage) + 1]:
             if not train.is_done(run, step):
                 train.RUN_STAGE[step](run)
-        held = {"table": table, "row": row, "seed": seed, "change": change, "figures": measure(run, judge, table, stage)}
+        held = {"table": table, "row": row, "seed": seed, "change": change, "figures": measure(train, run, judge, table, stage)}
         write_atomically(files[-1], json.dumps(held, indent=1).encode())
     tables = summary(files)
     write_atomically(out / "ablation.json", json.dumps({"tables": tables, "flags": vars(flags)}, indent=1).encode())

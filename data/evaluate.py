@@ -120,7 +120,7 @@ def print_table(results: dict) -> None:
 def model_card(notes: dict, results: dict) -> str:
     """README.md of a model: what it is, what it was trained on and how long, and the table of its run."""
     stage, flags = notes["stage"], notes["flags"]
-    steps = {s: flags[f"{s}_steps"] for s in ("vae", "cfm", "rf1", "rf2", "distill")}
+    steps = {s: flags[f"{s}_steps"] for s in STAGES}
     rows = "\n".join("| " + " | ".join(cells(row)) + " |" for row in results["rows"])
     return f"""---
 library_name: flashaudio
@@ -163,7 +163,7 @@ def peak_memory(device: torch.device) -> float:
 def evaluate(run: "Run") -> None:
     """Measure the stages of a run of train.py; print the table, write results.json and the model cards."""
     flags, data, began = run.flags, run.data, time.time()
-    rows = (data.test if len(data.test) else data.train)[:flags.eval_clips]
+    rows = data.held_out(flags.eval_clips)
     captions, model = [data.captions[i] for i in rows], run.load("vae")
     seconds = model.config.frames * fa.HOP / fa.SAMPLE_RATE
     real = torch.stack([fa.load_audio(data.rows[i]["audio_path"], model.config.frames * fa.HOP) for i in rows])

@@ -132,6 +132,10 @@ class Data:
         if not len(self.train):
             raise InputError(f"{manifest}: every row has the split 'test', so nothing is left to train on")
 
+    def held_out(self, clips: int) -> np.ndarray:
+        """Numbers of the first rows to judge by: of the test split, or of all where there is none."""
+        return (self.test if len(self.test) else self.train)[:clips]
+
     @torch.no_grad()
     def latents(self, model: FlashAudio, source: Path) -> np.ndarray:
         """Mean and std of the VAE's posterior for every clip, (N, 2, C, L); source: the file that the VAE was read from."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashaudio import (HOP, N_FFT, SAMPLE_RATE, DiTConfig, FlashAudioConfig, InputError, TextConfig, VAEConfig, hub_model,
-                        mel_basis, named, read_checkpoint)
+                        mel_to_magnitude, named, read_checkpoint)
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Make-An-Audio 3
@@ -266,18 +266,14 @@ def load_hifigan(source: str, device: str = "cpu") -> Callable[[Tensor], Tensor]
     """
     from transformers import SpeechT5HifiGan
     from transformers.audio_utils import mel_filter_bank
-    try:
-        model = SpeechT5HifiGan.from_pretrained(source).to(device).eval().requires_grad_(False)
-    except Exception as e:                          # transformers and the hub have many
-        raise InputError(f"hifigan:{source}: cannot be loaded ({(str(e) or type(e).__name__).splitlines()[0]})") from e
+    model = hub_model(SpeechT5HifiGan, source).to(device).eval().requires_grad_(False)
     if (hop := math.prod(model.config.upsample_rates)) != HOP:
         raise InputError(f"hifigan:{source}: makes {hop} samples per mel frame, not {HOP}")
     theirs = mel_filter_bank(N_FFT // 2 + 1, model.config.model_in_dim, 80.0, 7600.0, SAMPLE_RATE, norm="slaney", mel_scale="slaney")
     filters = torch.from_numpy(theirs.T).float().to(device)                     # (80, 513)
 
     def vocoder(mel: Tensor) -> Tensor:
-        magnitude = (torch.linalg.pinv(mel_basis(str(mel.device))) @ 10 ** mel.float()).clamp(min=0)   # (B, 513, T)
-        wav = model((filters @ magnitude).clamp(min=1e-10).log10().transpose(1, 2))
+        wav = model((filters @ mel_to_magnitude(mel)).clamp(min=1e-10).log10().transpose(1, 2))
         return F.pad(wav, (HOP // 2, -HOP // 2))
 
     return vocoder
