@@ -117,7 +117,7 @@ PRESETS: dict[str, FlashAudioConfig] = {
     # ours: 2.048 s, about 5M parameters, trained on a laptop CPU in minutes
     "toy": FlashAudioConfig(
         VAEConfig(channels=64, channel_mult=(1, 1, 1), res_blocks=1, down_levels=(0, 1), norm_groups=4),
-        DiTConfig(context_dim=128, hidden_size=192, num_heads=6, depth=4, max_len=256, absolute_positions=True),
+        DiTConfig(context_dim=128, hidden_size=192, num_heads=6, depth=3, max_len=256, absolute_positions=True),
         TextConfig(max_length=64, layers=2, heads=4), frames=128),
     # Table 5 gives parameter counts alone; hidden size and depth of small and large are chosen to meet them
     "small": FlashAudioConfig(dit=DiTConfig(hidden_size=512, num_heads=16, depth=12)),   # 74M
@@ -367,8 +367,7 @@ class TextEncoder(nn.Module):
         self.pieces = nn.Embedding(len(self.PIECES) * self.BUCKETS, width)
         nn.init.normal_(self.pieces.weight, std=0.3)
         half_turn = torch.arange(self.words)[:, None] * math.pi / self.words    # the fastest goes round by π over a caption
-        angle = half_turn * 2.0 ** (-torch.arange(width // 2) / (width / 8))
-        self.register_buffer("turn", torch.stack([angle.cos(), angle.sin()]), persistent=False)
+        self.register_buffer("turn", turns(half_turn * 2.0 ** (-torch.arange(width // 2) / (width / 8))), persistent=False)
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Captions -> byte ids (B, max_length); padding is 0, byte b is b + 3."""
@@ -379,12 +378,12 @@ class TextEncoder(nn.Module):
         """Captions, or their byte ids (B, max_length) -> context (B, N = max_length / 4, D)."""
         ids = (captions if isinstance(captions, Tensor) else self.tokenize(captions)).to(self.model.device)
         word = (ids == self.SPACE).cumsum(1)                                    # the word that each byte belongs to
-        x = self.model.shared(ids)                                              # (B, bytes, D)
+        pieces = []
         for i, n in enumerate(self.PIECES):
             last, same = (F.pad(u, (n - 1, 0), value=-1).unfold(1, n, 1) for u in (ids, word))      # (B, bytes, n)
-            power = torch.tensor([389 ** k % self.BUCKETS for k in range(n)], device=ids.device)    # 389: a prime > 384 ids
-            piece = (last * (same == word[..., None]) * power).sum(-1) % self.BUCKETS
-            x = x + self.pieces(piece + i * self.BUCKETS)
+            power = 389 ** torch.arange(n, device=ids.device)                   # 389: a prime > 384 ids
+            pieces.append((last * (same == word[..., None]) * power).sum(-1) % self.BUCKETS + i * self.BUCKETS)
+        x = self.model.shared(ids) + self.pieces(torch.stack(pieces, -1)).sum(-2)                   # (B, bytes, D)
         member = F.one_hot(word.clamp(max=self.words - 1), self.words) * (ids > 0)[..., None]       # (B, bytes, N)
         x = rotate(member.transpose(1, 2).to(x) @ x, self.turn)                 # (B, N, D)
         return self.model(inputs_embeds=x, attention_mask=torch.ones_like(x[..., 0])).last_hidden_state
@@ -454,18 +453,22 @@ def text_encoder(config: TextConfig, width: int) -> nn.Module | None:
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-def rope_table(length: int, head_width: int) -> Tensor:
-    """Rotary positions: cosines and sines of position x 10000^(-2i / head_width) -> (2, length, head_width / 2)."""
-    frequency = 10000.0 ** (-torch.arange(0, head_width, 2) / head_width)
-    angle = torch.arange(length)[:, None] * frequency
-    return torch.stack([angle.cos(), angle.sin()])
+def turns(angle: Tensor) -> Tensor:
+    """Angles (L, width / 2) -> what `rotate` multiplies elements and their neighbours by, (2, L, width)."""
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([torch.stack([cos, cos], -1), torch.stack([-sin, sin], -1)]).flatten(2)
 
 
-def rotate(x: Tensor, rope: Tensor) -> Tensor:
+def rope_table(length: int, width: int) -> Tensor:
+    """Rotary positions (RoPE): angles of position x 10000^(-2i / width) -> (2, length, width)."""
+    frequency = 10000.0 ** (-torch.arange(0, width, 2) / width)
+    return turns(torch.arange(length)[:, None] * frequency)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turn neighbouring elements (2i, 2i + 1) of x (..., L, width) as complex numbers."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope.to(x.dtype)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2)
+    cos, sin = table.to(x.dtype)
+    return torch.addcmul(x * cos, x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2), sin)
 
 
 class Attention(nn.Module):
@@ -484,7 +487,7 @@ class Attention(nn.Module):
         q, k, v = rotate(heads(self.wq(x)), rope), rotate(heads(self.wk(x)), rope), heads(self.wv(x))
         audio = F.scaled_dot_product_attention(q, k, v)
         text = F.scaled_dot_product_attention(q, heads(self.wk_y(y)), heads(self.wv_y(y)))
-        out = audio + self.gate.tanh()[:, None, None].to(text.dtype) * text
+        out = torch.addcmul(audio, self.gate.tanh()[:, None, None].to(text.dtype), text)
         return self.wo(out.transpose(1, 2).flatten(2))
 
 
@@ -500,7 +503,7 @@ class FeedForward(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale[:, None]) + shift[:, None]
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
 
 
 class Block(nn.Module):
@@ -514,9 +517,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, c: Tensor, y: Tensor, rope: Tensor) -> Tensor:
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.adaLN_modulation(c).chunk(6, dim=-1)
         h = modulate(self.attention_norm(x), shift_a, scale_a)
-        x = x + gate_a[:, None] * self.attention(h, self.attention_y_norm(y), rope)
+        x = torch.addcmul(x, gate_a[:, None], self.attention(h, self.attention_y_norm(y), rope))
         h = modulate(self.ffn_norm(x), shift_f, scale_f)
-        return x + gate_f[:, None] * self.feed_forward(h)
+        return torch.addcmul(x, gate_f[:, None], self.feed_forward(h))
 
 
 class TimeEmbedder(nn.Module):
@@ -559,7 +562,7 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, c.context_dim, c.num_heads) for _ in range(c.depth))
         self.final_layer = FinalLayer(width, c.in_channels)
         self.register_buffer("rope", rope_table(c.max_len, width // c.num_heads), persistent=False)
-        places = torch.cat([*rope_table(c.max_len, width)], dim=-1) * c.absolute_positions
+        places = rotate(torch.ones(width), rope_table(c.max_len, width)) * c.absolute_positions
         self.register_buffer("places", places, persistent=False)                # (max_len, width)
         self.apply(self._init)
         for layer in [self.final_layer.linear, *(m.adaLN_modulation[1] for m in (*self.blocks, self.final_layer))]:
@@ -690,7 +693,7 @@ def euler_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | No
     z, trajectory = z0, [z0]
     for i in range(steps):
         t = (times[i] * 1000).floor() / 1000 if integer_time else times[i]
-        v = guided_velocity(model, z, t.expand(len(z)).to(z), context, null, guidance, cfg_zero)
+        v = guided_velocity(model, z, z.new_full((len(z),), t.item()), context, null, guidance, cfg_zero)
         z = z + (times[i + 1] - times[i]).item() * v
         trajectory.append(z)
     return torch.stack(trajectory) if return_trajectory else z
@@ -720,20 +723,22 @@ def anchored_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, 
     z, null, dt, trajectory = z0, null.clone(), 1 / steps, [z0]
     for i in range(steps):
         t = torch.full((len(z),), i * dt, device=z.device)
-        v_cond = model(z, t, context)
+        v_cond, v_null = model(z, t, context), torch.empty_like(z)
         optimizer = torch.optim.Adam([null.requires_grad_(True)], lr=lr * (1 - i * dt / 2))
+        busy = torch.arange(len(z), device=z.device)    # samples whose ∅ is still being optimised: the others leave the batch
         for iteration in range(anchor_steps + 1):
             with torch.set_grad_enabled(iteration < anchor_steps):
-                v_null = model(z, t, null)
-                loss = anchored_cfg_loss(anchors[i + 1], z, v_cond, v_null, guidance, dt)
-                total = loss.sum()                  # each sample has its own ∅: their gradients do not mix
-            done = loss < tolerance * (1 + 100 * i * dt) * (50 * dt) ** 2
-            if done.all() or iteration == anchor_steps:
+                v = model(z[busy], t[busy], null[busy])
+                loss = anchored_cfg_loss(anchors[i + 1][busy], z[busy], v_cond[busy], v, guidance, dt)
+            v_null[busy] = v.detach()
+            far = loss.detach() >= tolerance * (1 + 100 * i * dt) * (50 * dt) ** 2
+            if iteration == anchor_steps or not far.any():
                 break
-            null.grad, = torch.autograd.grad(total, null)
-            before = null.clone()
+            null.grad, = torch.autograd.grad(loss, null, far.float())   # each sample has its own ∅: gradients do not mix
+            busy, before = busy[far], null.detach().clone()
             optimizer.step()
-            null[done] = before[done]
+            before[busy] = null[busy]
+            null.copy_(before)
         null = null.detach()
         z = z + dt * (v_null + guidance * (v_cond - v_null)).detach()
         trajectory.append(z)
@@ -810,6 +815,7 @@ class FlashAudio(nn.Module):
         self.vocoder: Callable[[Tensor], Tensor] = griffin_lim
         self.notes: dict = {}                               # further keys of config.json: stage, settings ...
         self.card = ""                                      # its model card, README.md
+        self.remembered: dict = {}                          # contexts of prompts
 
     @property
     def device(self) -> torch.device:
@@ -840,6 +846,23 @@ class FlashAudio(nn.Module):
         return torch.stack(draws).to(self.device)
 
     @torch.no_grad()
+    def contexts(self, prompts: list[str]) -> Tensor:
+        """Prompts -> context (B, N, D). A prompt is encoded once and remembered, until the text encoder changes."""
+        version = sum(p._version for p in self.text.parameters())
+        if version != self.remembered.get(0) or len(self.remembered) > 1000:
+            self.remembered = {0: version}
+        new = [p for p in dict.fromkeys(prompts) if p not in self.remembered]
+        self.remembered.update(zip(new, self.text(new)) if new else ())
+        return torch.stack([self.remembered[p] for p in prompts])
+
+    def compile(self) -> "FlashAudio":
+        """Compile backbone and VAE decoder; CUDA graphs where there is CUDA. The first batch of each size then takes a minute."""
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        self.dit.compile(mode=mode, dynamic=False)
+        self.vae.decode = torch.compile(self.vae.decode, mode=mode, dynamic=False)
+        return self
+
+    @torch.no_grad()
     def sample_latents(self, prompts: list[str] | Tensor, steps: int = 1, guidance: float = 1.0,
                        seconds: float | None = None, seed: int | None = None, z0: Tensor | None = None,
                        return_trajectory: bool = False) -> Tensor:
@@ -847,8 +870,8 @@ class FlashAudio(nn.Module):
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             if self.text is None and (guidance != 1.0 or not isinstance(prompts, Tensor)):
                 raise InputError("this model has no text stage: pass contexts (B, N, D) as prompts, and no guidance")
-            context = prompts.to(self.device) if isinstance(prompts, Tensor) else self.text(prompts)
-            null = self.text([""]).expand(len(context), -1, -1) if guidance != 1.0 else None
+            context = prompts.to(self.device) if isinstance(prompts, Tensor) else self.contexts(prompts)
+            null = self.contexts([""]).expand(len(context), -1, -1) if guidance != 1.0 else None
             if z0 is None:
                 names = [""] * len(context) if isinstance(prompts, Tensor) else prompts
                 seed = torch.seed() % 2**31 if seed is None else seed

@@ -4,13 +4,14 @@
     python sample.py --model out/toy/rf2 --steps 4 --n 3 "rain"   another stage, four steps, three takes
     python sample.py --file prompts.txt --out samples             one prompt per line
 
-Writes <out>/<prompt>-<take>.wav (16 bit, 16 kHz) and a picture of its mel spectrogram, and prints a line for each.
+Writes <out>/<prompt>-<take>.wav (16 bit, 16 kHz) and a picture of its mel spectrogram, prints a line for each, and writes a page to
+listen to all of them, <out>/index.html.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
+import signal
 import sys
 from pathlib import Path
 
@@ -29,19 +30,20 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, help="clips made at once [1 on a CPU, so that a clip is the same to the bit in any company; else 16]")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto is cuda where there is one [auto]")
     parser.add_argument("--vocoder", default="griffin-lim", help="griffin-lim, hifigan:<hub id or folder> or bigvgan:<folder> [griffin-lim]")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     FLAGS = parse_flags()               # before the heavy imports: --help and a mistyped flag answer at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import time
 
-import numpy as np
 import torch
-from scipy.io import wavfile
 
 import flashaudio as fa
+from data.listen import file_names, save_clip, write_page
 from flashaudio import FlashAudio, InputError
 
 
@@ -73,30 +75,6 @@ def check(flags: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def save_picture(path: Path, mel: np.ndarray, title: str) -> None:
-    """log10 mel (80, T) -> PNG, with time in seconds and frequency in mel bands."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(5, 2.4), dpi=100, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    image = axes.imshow(mel, origin="lower", aspect="auto", vmin=-4, vmax=1, cmap="magma",
-                        extent=(0, mel.shape[1] * fa.HOP / fa.SAMPLE_RATE, 0, mel.shape[0]))
-    axes.set(xlabel="time (s)", ylabel="mel band")
-    axes.set_title(title if len(title) < 64 else title[:61] + "...", fontsize=9, parse_math=False)
-    figure.colorbar(image, label="log10 magnitude")
-    figure.savefig(path)
-
-
-def file_names(prompts: list[str]) -> dict[str, str]:
-    """A file name for each prompt, without ending; no two alike."""
-    names: dict[str, str] = {}
-    for prompt in prompts:
-        name = re.sub(r"\W+", "-", prompt.lower()).strip("-")[:60] or "sample"
-        names[prompt] = name if name not in names.values() else f"{name}-{len(names)}"
-    return names
-
-
 def main(flags: argparse.Namespace) -> None:
     prompts, source = check(flags), flags.model or newest_model()
     device = fa.find_device(flags.device)
@@ -116,10 +94,12 @@ def main(flags: argparse.Namespace) -> None:
         elapsed = (time.perf_counter() - began) / len(batch)
         for (prompt, k), wav in zip(batch, wavs):
             path = flags.out / f"{names[prompt]}-{k}.wav"
-            wavfile.write(path, fa.SAMPLE_RATE, (wav.numpy() * 32767).round().astype(np.int16))
-            save_picture(path.with_suffix(".png"), fa.mel_spectrogram(wav[None])[0].numpy(), prompt)
+            save_clip(path, wav)
             seconds = len(wav) / fa.SAMPLE_RATE
             print(f"{path}  {seconds:.2f} s of audio in {1000 * elapsed:.0f} ms, {seconds / elapsed:.0f} x real time, NFE {nfe}")
+    how = f"{source}, {flags.steps} step{'s' * (flags.steps > 1)}, ω {flags.guidance:g}, seed {flags.seed}."
+    page = write_page(flags.out, "flashaudio", how, [(prompt, f"take {k}", f"{names[prompt]}-{k}") for prompt, k in takes], seconds)
+    print(f"{page}: all of them, to listen to in a browser")
 
 
 if __name__ == "__main__":

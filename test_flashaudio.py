@@ -766,7 +766,7 @@ def write_clips(folder: Path, n: int = 6, samples: int = 20_000) -> Path:
 
 
 QUICK = ["--batch_size", 4, "--vae_steps", 4, "--cfm_steps", 4, "--rf1_steps", 3, "--rf2_steps", 3, "--distill_steps", 3,
-         "--couplings", 6, "--distill_couplings", 6, "--coupling_steps", 2, "--anchor_steps", 1, "--device", "cpu"]
+         "--couplings", 6, "--distill_couplings", 6, "--coupling_steps", 2, "--distill_coupling_steps", 2, "--anchor_steps", 1, "--device", "cpu"]
 
 
 @pytest.fixture(scope="module")

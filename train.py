@@ -8,23 +8,20 @@ Each stage leaves a loadable model in <out>/<stage>. A run that was interrupted 
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-STAGES = ("vae", "cfm", "rf1", "rf2", "distill", "eval")
+from data.flags import flag, read_command_line
+
 TIMESTEPS = ("uniform", "logit_normal", "mix_exp")
-
-
-def flag(default, text: str, **more):
-    return field(default=default, metadata={"help": text, **more})
 
 
 @dataclass
@@ -38,7 +35,7 @@ class Flags:
     text: str = flag("bytes", "text encoder: bytes (trained here), or a frozen CLAP, T5, BERT ... by folder or hub id; with a "
                               "public checkpoint its tokenizers, 'BERT,T5'")
     vocoder: str = flag("griffin-lim", "of stage eval: griffin-lim, hifigan:<hub id or folder>, bigvgan:<folder>")
-    stage: str = flag("all", "one stage to run, trained anew if its settings have changed", choices=("all", *STAGES))
+    stage: str = flag("all", "one stage to run, trained anew if its settings have changed", choices=("all", "vae", "cfm", "rf1", "rf2", "distill", "eval"))
     device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto is cuda where there is one")
     seed: int = flag(0, "seed of weights, noise and order of the data")
     batch_size: int = flag(16, "clips per step")                    # the paper: 4 GPUs x 16
@@ -55,8 +52,8 @@ class Flags:
     vae_steps: int = flag(1800, "steps of stage vae")
     cfm_steps: int = flag(1700, "steps of stage cfm")
     rf1_steps: int = flag(200, "steps of stage rf1")
-    rf2_steps: int = flag(750, "steps of stage rf2")
-    distill_steps: int = flag(1000, "steps of stage distill")
+    rf2_steps: int = flag(900, "steps of stage rf2")
+    distill_steps: int = flag(1200, "steps of stage distill")
     kl_weight: float = flag(3e-3, "weight of the VAE's KL term")     # ours: large enough for a smooth latent
     caption_dropout: float = flag(0.2, "share of captions replaced by '' in training")   # public code
     sigma_min: float = flag(1e-4, "noise left in the data end of stage cfm")             # public code
@@ -72,9 +69,10 @@ class Flags:
     pairing_reflow: str = flag("off", "Eq. 9 in stage rf2: off; the noise, before the ODE; or the finished couplings, literally",
                                choices=("off", "before", "literal"))
     couplings: int = flag(1000, "(noise, sample) pairs that rf2 is trained on")
-    distill_couplings: int = flag(2400, "pairs that distill is trained on")      # without guidance they cost a sixth
-    coupling_steps: int = flag(7, "Euler steps per pair")
-    guidance: float = flag(2.0, "ω of the couplings of stage rf2")  # not in the paper
+    distill_couplings: int = flag(6000, "pairs that distill is trained on")      # cheap, and with 2400 it learnt them by heart
+    coupling_steps: int = flag(7, "Euler steps per pair for rf2")
+    distill_coupling_steps: int = flag(4, "Euler steps per pair for distill; the paths of the 2-RF are almost straight")
+    guidance: float = flag(3.0, "ω of the couplings of stage rf2")  # not in the paper
     distill_guidance: float = flag(1.0, "ω of the couplings of stage distill")   # the 2-RF learnt guided samples: once is enough
     rectify: str = flag("anchored", "how guidance is kept in bounds", choices=("anchored", "cfg_zero", "plain"))
     anchor_steps: int = flag(1, "iterations of the anchored optimisation per Euler step; 0 is plain guidance")
@@ -87,12 +85,13 @@ class Flags:
                        choices=("full", "short"), nargs="?", const="full")
     seeds: int = flag(1, "seeds of --ablate, from --seed on [5 and 2]")
     save_every: float = flag(60.0, "seconds between checkpoints")
+    compile: str = flag("auto", "torch.compile the backbone; auto is on for cuda", choices=("auto", "on", "off"))
 
 
 # The paper gives batch size, learning rate and steps of the 1-RF (§4.1) and leaves the others open.
 PAPER = dict(batch_size=64, lr=4.8e-5, rf1_lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999, vae_frames=624, vae_lr=1e-4, kl_weight=1e-6,
              vae_steps=200_000, cfm_steps=200_000, rf1_steps=40_000, rf2_steps=40_000, distill_steps=40_000,
-             couplings=50_000, distill_couplings=50_000, coupling_steps=24, anchor_steps=10, guidance=3.0, distill_guidance=3.0,
+             couplings=50_000, distill_couplings=50_000, coupling_steps=24, distill_coupling_steps=24, anchor_steps=10, guidance=3.0, distill_guidance=3.0,
              grad_accum=4, eval_clips=1000, clap="laion/clap-htsat-unfused", ast="MIT/ast-finetuned-audioset-10-10-0.4593")
 # What the ablations change, so that five seeds take hours and not days
 ABLATIONS = {"full": dict(seeds=5, rf2_steps=400, distill_steps=400, couplings=600, distill_couplings=600),
@@ -102,20 +101,12 @@ RECIPES = {"toy": {}, "small": PAPER, "base": PAPER, "large": PAPER}
 
 
 def parse_flags(argv: list[str] | None = None) -> Flags:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Flags):
-        more = {k: v for k, v in f.metadata.items() if k != "help"}
-        parser.add_argument(f"--{f.name}", type=type(f.default), default=None, metavar=None if more else f.name.upper(),
-                            help=f"{f.metadata['help']} [{f.default}]", **more)
-    given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    given.setdefault("preset", "toy" if given.get("init", "cfm") in ("cfm", "none") else "base")
-    flags = Flags(**{**RECIPES[given["preset"]], **ABLATIONS.get(given.get("ablate"), {}), **given})
-    flags.out = flags.out or f"out/{'ablation' if flags.ablate else flags.preset}"
-    return flags
+    return read_command_line(__doc__, Flags, RECIPES, ABLATIONS, argv)
 
 
 if __name__ == "__main__":
     FLAGS = parse_flags()           # before the heavy imports: --help and a mistyped flag answer at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # and so does Ctrl-C
 
 import numpy as np
 import torch
@@ -126,93 +117,23 @@ import flashaudio as fa
 from data import toy
 from data.ablate import ablate
 from data.evaluate import evaluate, peak_memory
-from data.manifest import Data, bar, batch_indices, cached, digest
-from flashaudio import FlashAudio, InputError
+from data.listen import draw_losses, hear
+from data.manifest import Data, bar, batch_indices, blocks, cached, digest, processes, wait_for_all
+from data.run import (REFLOW, STAGES, Objective, Run, batches, join_processes, lock, mean_over_processes, save, shared_out, stop,
+                      versions)
+from flashaudio import FlashAudio, InputError, read_checkpoint
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # The training loop that all stages share
 # ---------------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Run:
-    flags: Flags
-    data: Data
-    device: torch.device
-
-    @property
-    def public(self) -> str:
-        """The public checkpoint that the run starts from, or ""."""
-        return "" if self.flags.init in ("cfm", "none") else self.flags.init
-
-    def folder(self, stage: str) -> Path:
-        """Of a stage's model. A public checkpoint is both the VAE and the CFM."""
-        return Path(self.flags.out) / ("cfm" if self.public and stage == "vae" else stage)
-
-    def weights(self, stage: str) -> Path:
-        return self.folder(stage) / "model.safetensors"
-
-    def text_source(self) -> Path | str:
-        """What the frozen contexts depend on: the stage that trained the text encoder last, or the name of a ready-made one."""
-        if self.public:
-            return self.weights("cfm")
-        return self.weights("rf1") if self.flags.text == "bytes" else self.flags.text
-
-    def load(self, stage: str) -> FlashAudio:
-        return FlashAudio.from_pretrained(self.folder(stage), str(self.device))
-
-    def autocast(self):
-        return torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext()
-
-    def generator(self, *what) -> torch.Generator:
-        """Random numbers that depend on the seed and on `what` they are for alone, so that a run can stop anywhere."""
-        return torch.Generator().manual_seed(int(digest(self.flags.seed, *what), 16))
-
-
-# What a stage's weights depend on, besides the stage before it. A folder trained with other settings is never overwritten
-# unless its stage is named.
-COMMON = ("preset", "seed", "warmup", "lr_end", "ema", "grad_clip")
-FLOW = (*COMMON, "batch_size", "lr", "caption_dropout")
-REFLOW = ("coupling_steps", "rectify", "anchor_steps", "anchor_lr", "anchor_tol")
-DENSITY = ("logit_mean", "logit_std", "mix_exp_a")
-SETTINGS = {
-    "vae": (*COMMON, "text", "vae_batch_size", "vae_frames", "vae_steps", "vae_lr", "kl_weight"),
-    "cfm": (*FLOW, *DENSITY, "cfm_steps", "cfm_timesteps", "sigma_min"),
-    "rf1": (*FLOW, *DENSITY, "init", "rf1_lr", "rf1_steps", "rf1_timesteps", "pairing", "knn_draws", "c2ot_weight"),
-    "rf2": (*FLOW, *DENSITY, *REFLOW, "couplings", "guidance", "rf2_steps", "rf2_timesteps", "pairing_reflow"),
-    "distill": (*COMMON, *REFLOW, "distill_couplings", "distill_guidance", "batch_size", "lr", "distill_steps")}
-
-
-def settings_of(run: Run, stage: str) -> dict:
-    if run.public and stage == "cfm":
-        return {"init": run.public, "text": run.flags.text}
-    before = STAGES[STAGES.index(stage) - 1] if stage != "vae" else None
-    if before and not run.weights(before).exists():
-        raise InputError(f"stage {stage} starts from stage {before}, which is not trained yet in {run.flags.out}: "
-                         f"leave --stage out, or give --stage {before} first")
-    own = {name: getattr(run.flags, name) for name in SETTINGS[stage]}
-    return {**own, "data": run.data.key, **({"from": digest(run.weights(before))} if before else {})}
-
-
-def is_done(run: Run, stage: str) -> bool:
-    """Whether the stage is trained with these settings; refuses to overwrite one with others, unless it was asked for."""
-    now, file = settings_of(run, stage), run.folder(stage) / "config.json"
-    if not file.exists() or not run.weights(stage).exists():
-        return False
-    then = json.loads(file.read_text()).get("settings", {})
-    changed = [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if then.get(k) != v]
-    if changed and run.flags.stage != stage:
-        raise InputError(f"{run.folder(stage)} was trained with other settings ({'; '.join(changed)}): "
-                         f"choose another --out, or train it again with --stage {stage}")
-    return not changed
-
-
 def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw, loss_of, spent: float = 0.0) -> None:
-    """Train `parts` of the model on loss_of(*draw(step, generator)) and save the result in the stage's folder.
+    """Train `parts` of the model on loss_of(*draw(step)) and save the result in the stage's folder.
 
-    draw returns the tensors of a batch, clips first, on the CPU. spent: seconds that the stage has taken already.
+    draw returns the tensors of this process's part of a batch. spent: seconds that the stage has taken already.
     """
-    flags, folder, settings = run.flags, run.folder(stage), settings_of(run, stage)
+    flags, folder, settings, (rank, world) = run.flags, run.folder(stage), run.settings(stage), processes()
     steps, peak = getattr(flags, f"{stage}_steps"), {"vae": flags.vae_lr, "rf1": flags.rf1_lr}.get(stage, flags.lr)
     parameters = {n: p for n, p in model.requires_grad_(False).named_parameters() if n.split(".")[0] in parts}
     for p in parameters.values():
@@ -220,34 +141,40 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw, l
     optimizer = torch.optim.AdamW(parameters.values(), lr=peak, fused=run.device.type in ("cpu", "cuda"))
     average = {n: p.detach().clone() for n, p in parameters.items()}
     start, state_file = 0, folder / "train_state.pt"
-    if state_file.exists():
-        state = torch.load(state_file, map_location=run.device, weights_only=True)
-        if state["settings"] == settings:
-            start, spent, average = state["step"], state["seconds"], state["average"]
-            optimizer.load_state_dict(state["optimizer"])
-            model.load_state_dict(state["weights"], strict=False)
-            print(f"{stage}: continuing at step {start} of {steps}")
+    if state_file.exists() and (state := read_checkpoint(state_file)).get("settings") == settings:
+        start, spent = state["step"], state["seconds"]
+        average = {n: x.to(run.device) for n, x in state["average"].items()}
+        optimizer.load_state_dict(state["optimizer"])
+        model.load_state_dict(state["weights"], strict=False)
+        print(f"{stage}: continuing at step {start} of {steps}")
+    objective = shared_out(Objective(model, loss_of), run.device)
+    if flags.compile == "on" or flags.compile == "auto" and run.device.type == "cuda":
+        model.dit.compile()
 
     def save_state(step: int) -> None:
+        if rank:
+            return
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = state_file.with_suffix(".tmp")
-        torch.save({"step": step, "seconds": spent + time.time() - began, "settings": settings, "average": average,
-                    "weights": {n: p.detach() for n, p in parameters.items()}, "optimizer": optimizer.state_dict()}, temporary)
-        os.replace(temporary, state_file)
+        save(state_file, {"step": step, "seconds": spent + time.time() - began, "settings": settings, "average": average,
+                          "weights": {n: p.detach() for n, p in parameters.items()}, "optimizer": optimizer.state_dict()})
+        draw_losses(Path(flags.out))
 
     began = saved = time.time()
-    smooth, progress = None, bar(range(start, steps), stage, initial=start, total=steps, unit="step")
-    with open(Path(flags.out) / "metrics.jsonl", "a", buffering=1) as metrics:
-        for step in progress:
+    smooth = usual = None
+    with stop, open(Path(flags.out) / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1) as metrics:
+        progress = bar(batches(run, range(start, steps), draw), stage, initial=start, total=steps, unit="step")
+        for step, batch in progress:
             cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             rate = peak * min(1.0, (step + 1) / flags.warmup) * (flags.lr_end + (1 - flags.lr_end) * cosine)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, batch = 0.0, draw(step, run.generator(stage, step))
-            for part in zip(*(x.to(run.device, non_blocking=True).chunk(flags.grad_accum) for x in batch)):
-                with run.autocast():
-                    share = loss_of(*part) * (len(part[0]) / len(batch[0]))
-                share.backward()
+            loss, rest = 0.0, len(batch[0])
+            for part in zip(*(x.chunk(flags.grad_accum) for x in batch)):
+                rest -= len(part[0])                # gradients are averaged over processes with the last part alone
+                with objective.no_sync() if world > 1 and rest else nullcontext():
+                    with run.autocast():
+                        share = objective(*part) * (len(part[0]) / len(batch[0]))
+                    share.backward()
                 loss += share.detach()
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), flags.grad_clip, foreach=True)
             optimizer.step()
@@ -255,23 +182,33 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw, l
             decay = min(flags.ema, (step + 1) / (step + 10))                   # short memory at first
             torch._foreach_lerp_(list(average.values()), [p.detach() for p in parameters.values()], 1 - decay)
             if step % 10 == 9 or step == steps - 1:
-                value = loss.item()
-                if not math.isfinite(value + norm.item()):
-                    raise InputError(f"{stage}: loss {value}, gradient norm {norm.item()} at step {step + 1}; the last good "
+                value, size, pace = mean_over_processes(loss).item(), norm.item(), (time.time() - began) / (step + 1 - start)
+                if not math.isfinite(value + size):
+                    raise InputError(f"{stage}: loss {value}, gradient norm {size} at step {step + 1}; the last good "
                                      f"checkpoint is kept in {folder}. A smaller --lr or a longer --warmup usually helps")
-                smooth = value if smooth is None else 0.9 * smooth + 0.1 * value
-                progress.set_postfix_str(f"loss {smooth:.4f}, {(time.time() - began) / (step + 1 - start):.2f} s/step")
-                metrics.write(json.dumps({"stage": stage, "step": step + 1, "loss": value, "grad_norm": norm.item(), "lr": rate,
+                if usual and size > 100 * usual:
+                    progress.write(f"{stage}: the gradient exploded at step {step + 1}: norm {size:.3g}, usually {usual:.3g}; it is clipped")
+                smooth, usual = (x if y is None else 0.9 * y + 0.1 * x for x, y in ((value, smooth), (size, usual)))
+                progress.set_postfix_str(f"loss {smooth:.4f}, {pace:.2f} s/step")
+                if step - start == 19:
+                    progress.write(f"{stage}: {steps} steps, about {pace * (steps - step) / 60:.1f} min from here")
+                metrics.write(json.dumps({"stage": stage, "step": step + 1, "loss": value, "grad_norm": size, "lr": rate,
                                           "seconds": round(spent + time.time() - began, 2)}) + "\n")
-                if time.time() - saved > flags.save_every:
+                if time.time() - saved > flags.save_every and step + 1 < steps:
                     save_state(step + 1)
                     saved = time.time()
+            if stop.asked:
+                save_state(step + 1)
+                raise KeyboardInterrupt
     save_state(steps)
     model.load_state_dict(average, strict=False)
     if stage == "vae":
         model.scale_factor.copy_(latent_scale(run, model))
     seconds, model.card = spent + time.time() - began, ""
-    model.save_pretrained(folder, stage=stage, settings=settings, flags=asdict(flags), seconds=round(seconds, 1))
+    if rank == 0:
+        model.save_pretrained(folder, stage=stage, settings=settings, flags=asdict(flags), versions=versions(), seconds=round(seconds, 1))
+        hear(run, stage, model.eval())
+    wait_for_all()
     print(f"{stage}: {steps} steps in {seconds:.0f} s, loss {smooth or math.nan:.4f}, peak memory {peak_memory(run.device):.1f} GiB -> {folder}")
 
 
@@ -305,11 +242,12 @@ def train_vae(run: Run) -> None:
         model.vae.decoder.conv_out.bias.copy_(mean)
     frames = min(flags.vae_frames, model.config.frames)
 
-    def draw(step: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        rows = clips[batch_indices(len(clips), flags.vae_batch_size, step, flags.seed)]
+    def draw(step: int) -> list[Tensor]:
+        generator, rows = run.generator("vae", step), clips[batch_indices(len(clips), flags.vae_batch_size, step, flags.seed)]
         start = torch.randint(model.config.frames - frames + 1, (), generator=generator).item()
-        mel = torch.from_numpy(mels[rows, :, start:start + frames])
-        return mel, torch.randn(len(mel), model.config.vae.embed_dim, frames // model.stride, generator=generator)
+        noise = torch.randn(len(rows), model.config.vae.embed_dim, frames // model.stride, generator=generator)
+        rows, noise = run.share(rows, noise)
+        return [torch.from_numpy(mels[rows, :, start:start + frames]), noise]
 
     fit(run, "vae", model, ("vae",), draw, lambda mel, noise: fa.vae_loss(model.vae, mel, noise, flags.kl_weight))
 
@@ -322,22 +260,20 @@ def timesteps(flags: Flags, stage: str, n: int, generator: torch.Generator) -> T
     return fa.mix_exp(n, flags.mix_exp_a, generator) if kind == "mix_exp" else fa.uniform(n, generator)
 
 
-@torch.no_grad()
-def pair_noise(flags: Flags, z1: Tensor, z0: Tensor, context_of, generator: torch.Generator) -> Tensor:
-    """The noise that each clip gets under --pairing -> (B, C, L); context_of() gives the contexts, which c2ot alone needs."""
+def pair_noise(flags: Flags, z1: Tensor, z0: Tensor, context: Tensor | None, generator: torch.Generator) -> Tensor:
+    """The noise that each clip gets under --pairing -> (B, C, L). context (B, N, D): of the captions, for c2ot alone."""
     if flags.pairing == "none":
         return z0
     if flags.pairing == "knn":
-        return fa.knn_pairing(z1, torch.randn(flags.knn_draws, *z1.shape, generator=generator))
-    c2ot = flags.pairing == "c2ot"
-    return fa.immiscible_pairing(z1, z0, context_of() if c2ot else None, flags.c2ot_weight if c2ot else 0.0)
+        return fa.knn_pairing(z1, torch.randn(flags.knn_draws, *z1.shape, generator=generator).to(z1))
+    return fa.immiscible_pairing(z1, z0, context, flags.c2ot_weight if flags.pairing == "c2ot" else 0.0)
 
 
 def import_checkpoint(run: Run) -> None:
     """In place of stages vae and cfm: the public model that the paper starts from (§3.2)."""
     flags = run.flags
     model = FlashAudio.from_make_an_audio(run.public, None if flags.text == "bytes" else tuple(flags.text.split(",")))
-    model.save_pretrained(run.folder("cfm"), stage="cfm", settings=settings_of(run, "cfm"), flags=asdict(flags), seconds=0.0)
+    model.save_pretrained(run.folder("cfm"), stage="cfm", settings=run.settings("cfm"), flags=asdict(flags), versions=versions(), seconds=0.0)
     print(f"cfm: {run.public} -> {run.folder('cfm')}")
 
 
@@ -345,25 +281,27 @@ def train_flow(run: Run, stage: str) -> None:
     """Stages cfm and rf1: on latents of real clips, with the text encoder."""
     flags, model = run.flags, run.load("vae" if stage == "cfm" or run.flags.init == "none" else "cfm")
     latents, sigma_min = run.data.latents(model, run.weights("vae")), flags.sigma_min if stage == "cfm" else 0.0
-    clips, scale = run.data.train, model.scale_factor.cpu()
+    clips, scale, c2ot = run.data.train, model.scale_factor.cpu(), stage == "rf1" and flags.pairing == "c2ot"
+    if not model.text.trained or c2ot:
+        contexts, place = run.data.contexts(model, run.weights("cfm") if model.text.trained else run.text_source())
     if model.text.trained:
         captions, null = model.text.tokenize(run.data.captions), model.text.tokenize([""])[0]
-    else:
-        contexts, place = run.data.contexts(model, run.text_source())
-        null = torch.from_numpy(contexts[0]).float()
 
-    def draw(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = clips[batch_indices(len(clips), flags.batch_size, step, flags.seed)]
+    def context_of(rows: np.ndarray) -> Tensor:
+        return torch.from_numpy(contexts[rows]).float()                         # (B, N, D)
+
+    def draw(step: int) -> list[Tensor]:
+        generator, rows = run.generator(stage, step), clips[batch_indices(len(clips), flags.batch_size, step, flags.seed)]
+        noise = torch.randn(2, len(rows), *latents.shape[2:], generator=generator)
+        t, kept = timesteps(flags, stage, len(rows), generator), torch.rand(len(rows), generator=generator) >= flags.caption_dropout
+        rows, t, kept, *noise = run.share(rows, t, kept, *noise)
         mean, std = torch.from_numpy(latents[rows]).unbind(1)                   # (B, C, L)
-        z1 = scale * (mean + std * torch.randn(mean.shape, generator=generator))
-        z0 = torch.randn(z1.shape, generator=generator)
-        text = captions[rows] if model.text.trained else torch.from_numpy(contexts[place[rows]]).float()
+        z1, z0 = (x.to(run.device) for x in (scale * (mean + std * noise[0]), noise[1]))
         if stage == "rf1":
-            z0 = pair_noise(flags, z1, z0, lambda: model.text(text).cpu() if model.text.trained else text, generator)
-        t = timesteps(flags, stage, len(rows), generator)
-        dropped = torch.rand(len(rows), generator=generator) < flags.caption_dropout
-        text[dropped] = null
-        return z1, z0, t, text
+            own = run.generator(stage, step, "pairing", processes()[0])
+            z0 = pair_noise(flags, z1, z0, context_of(place[rows]).to(run.device) if c2ot else None, own)
+        text = torch.where(kept[:, None], captions[rows], null) if model.text.trained else context_of(place[rows] * kept.numpy())
+        return [z1, z0, t, text]
 
     def loss_of(z1: Tensor, z0: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return fa.rectified_flow_loss(model.dit, z1, z0, t, model.text(c) if model.text.trained else c, sigma_min)
@@ -373,10 +311,11 @@ def train_flow(run: Run, stage: str) -> None:
 
 def train_on_couplings(run: Run, stage: str) -> None:
     """Stages rf2 and distill: on the couplings of the model before, with the text encoder frozen."""
-    flags, teacher = run.flags, "rf1" if stage == "rf2" else "rf2"
-    model, guidance = run.load(teacher), flags.guidance if stage == "rf2" else flags.distill_guidance
+    flags, teacher, prefix = run.flags, *(("rf1", "") if stage == "rf2" else ("rf2", "distill_"))
+    model = run.load(teacher)
+    count, steps, guidance = (getattr(flags, prefix + name) for name in ("couplings", "coupling_steps", "guidance"))
     contexts, place = run.data.contexts(model, run.text_source())
-    clips = np.resize(run.data.train, flags.couplings if stage == "rf2" else flags.distill_couplings)   # one for each pair
+    clips = np.resize(run.data.train, count)        # one for each pair, in turn
     place = place[clips]
     shape = (len(clips), 2, *model.latent_shape())
 
@@ -385,33 +324,36 @@ def train_on_couplings(run: Run, stage: str) -> None:
 
     def fill(array: np.ndarray) -> None:
         model.requires_grad_(False)
-        for i in bar(range(0, len(array), 64), "pairs", unit="batch"):
+        for i in blocks(len(array), 64, "pairs"):
+            if array[i:i + 64][-1, 1].any():        # done by a run that was interrupted
+                continue
             rows = place[i:i + 64]
             z0 = torch.randn(len(rows), *shape[2:], generator=run.generator(stage, "couplings", i))
             if reading == "before":                 # near the latents of its captions
                 z0 = fa.immiscible_pairing(model.scale_factor.cpu() * torch.from_numpy(latents[clips[i:i + 64], 0]), z0)
             with run.autocast():
                 z1 = fa.make_couplings(model.dit, *(x.to(run.device) for x in (z0, context_of(rows), context_of(0 * rows))),
-                                       flags.coupling_steps, guidance, flags.anchor_steps, flags.rectify,
+                                       steps, guidance, flags.anchor_steps, flags.rectify,
                                        lr=flags.anchor_lr, tolerance=flags.anchor_tol)
             array[i:i + 64, 0], array[i:i + 64, 1] = z0, z1.cpu()
 
     reading = flags.pairing_reflow if stage == "rf2" else "off"
     latents = run.data.latents(model, run.weights("vae")) if reading == "before" else None
-    began, own = time.time(), [flags.seed, len(clips), guidance, reading == "before", *(getattr(flags, name) for name in REFLOW)]
+    began, own = time.time(), [flags.seed, count, steps, guidance, reading == "before", *(getattr(flags, name) for name in REFLOW)]
     path = run.data.cache / f"couplings_{stage}-{digest(run.data.key, own, run.weights(teacher))}.npy"
     pairs = cached(path, shape, fill)
     print(f"{stage}: {len(pairs)} couplings in {time.time() - began:.0f} s")
 
-    def draw(step: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = batch_indices(len(pairs), flags.batch_size, step, flags.seed)
-        z0, z1 = torch.from_numpy(pairs[rows]).unbind(1)                        # (B, C, L)
+    def draw(step: int) -> list[Tensor]:
+        generator, rows = run.generator(stage, step), batch_indices(len(pairs), flags.batch_size, step, flags.seed)
+        t, kept = timesteps(flags, "rf2", len(rows), generator), torch.rand(len(rows), generator=generator) >= flags.caption_dropout
+        rows, t, kept = run.share(rows, t, kept)
+        z0, z1 = torch.from_numpy(pairs[rows]).to(run.device).unbind(1)         # (B, C, L)
         if stage == "distill":
-            return z1, z0, context_of(place[rows])
+            return [z1, z0, context_of(place[rows])]
         if reading == "literal":                    # Algorithm 1 as printed: the noise of a coupling changes hands
             z0 = fa.immiscible_pairing(z1, z0)
-        kept = torch.rand(len(rows), generator=generator) >= flags.caption_dropout
-        return z1, z0, timesteps(flags, stage, len(rows), generator), context_of(place[rows] * kept.numpy())
+        return [z1, z0, t, context_of(place[rows] * kept.numpy())]
 
     loss = fa.distill_loss if stage == "distill" else fa.rectified_flow_loss
     fit(run, stage, model, ("dit",), draw, partial(loss, model.dit), spent=time.time() - began)
@@ -422,11 +364,17 @@ RUN_STAGE = {"vae": train_vae, "cfm": partial(train_flow, stage="cfm"), "rf1": p
 
 
 def main(flags: Flags) -> None:
-    device = fa.find_device(flags.device)
+    device = join_processes(fa.find_device(flags.device), flags.batch_size)
     torch.set_float32_matmul_precision("high")
-    Path(flags.out).mkdir(parents=True, exist_ok=True)
-    manifest = toy.write_toy_set(Path(flags.out) / "data") if flags.data == "toy" else Path(flags.data)
-    run = Run(flags, Data(manifest, Path(flags.out) / "cache", fa.PRESETS[flags.preset].frames), device)
+    out = Path(flags.out)
+    if processes()[0] == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        held = lock(out)                            # until the process ends
+        if flags.data == "toy":
+            toy.write_toy_set(out / "data")
+    wait_for_all()
+    manifest = out / "data" / "manifest.csv" if flags.data == "toy" else Path(flags.data)
+    run = Run(flags, Data(manifest, out / "cache", fa.PRESETS[flags.preset].frames), device)
     if flags.ablate:
         return ablate(sys.modules[__name__], flags, run.data, device)
     if run.public:
@@ -436,15 +384,20 @@ def main(flags: Flags) -> None:
         for name in filter(None, (flags.clap, flags.ast)):
             fa.hub_model(AutoConfig, name)
     for stage in (STAGES[1:] if run.public else STAGES) if flags.stage == "all" else (flags.stage,):
-        if stage != "eval" and is_done(run, stage):
+        if stage != "eval" and run.is_done(stage):
             print(f"{stage}: done already")
-            continue
-        RUN_STAGE[stage](run)
+        elif stage != "eval" or processes()[0] == 0:
+            RUN_STAGE[stage](run)
+        wait_for_all()
 
 
 if __name__ == "__main__":
+    stop.listen()
     try:
         main(FLAGS)
     except (InputError, OSError) as e:
         print(f"train.py: {e}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"train.py: stopped; the same command continues from here (--out {FLAGS.out})", file=sys.stderr)
+        sys.exit(128 + stop.asked)

@@ -19,6 +19,7 @@ import flashaudio as fa
 from data import toy
 from data.evaluate import ToyJudge
 from data.manifest import bar, digest
+from data.run import SETTINGS, STAGES, Run
 from flashaudio import InputError, write_atomically
 
 
@@ -45,9 +46,9 @@ def plan() -> list[tuple[str, str, str, dict]]:
 
 def shared(train, flags, data, device):
     """A run of train.py whose stages live in folders named by what they depend on."""
-    class SharedRun(train.Run):
+    class SharedRun(Run):
         def folder(self, stage: str) -> Path:
-            chain = [{n: getattr(self.flags, n) for n in train.SETTINGS[s]} for s in train.STAGES[:train.STAGES.index(stage) + 1]]
+            chain = [{n: getattr(self.flags, n) for n in SETTINGS[s]} for s in STAGES[:STAGES.index(stage) + 1]]
             return Path(self.flags.out) / f"{stage}-{digest(chain)}"
     return SharedRun(flags, data, device)
 
@@ -131,7 +132,7 @@ def measure_pairing(train, run, model, judge: Judge, z0: torch.Tensor) -> dict:
     for _ in range(2000):
         rows = data.train[torch.randperm(len(data.train), generator=generator)[:flags.batch_size].numpy()]
         z1, plain = scale * torch.from_numpy(latents[rows, 0]), torch.randn(len(rows), *z0.shape[1:], generator=generator)
-        paired = train.pair_noise(flags, z1, plain, lambda: model.text([data.captions[i] for i in rows]), generator)
+        paired = train.pair_noise(flags, z1, plain, model.text([data.captions[i] for i in rows]) if flags.pairing == 'c2ot' else None, generator)
         before.append((z1 - plain).flatten(1).norm(dim=1).mean().item())
         after.append((z1 - paired).flatten(1).norm(dim=1).mean().item())
         fixed.append((paired == plain).flatten(1).all(1).float().mean().item())
@@ -184,8 +185,8 @@ def ablate(train, flags, data, device) -> None:
         if files[-1].exists():
             continue
         run = shared(train, replace(flags, seed=seed, **change), data, device)
-        for step in train.STAGES[:train.STAGES.index(stage) + 1]:
-            if not train.is_done(run, step):
+        for step in STAGES[:STAGES.index(stage) + 1]:
+            if not run.is_done(step):
                 train.RUN_STAGE[step](run)
         held = {"table": table, "row": row, "seed": seed, "change": change, "figures": measure(train, run, judge, table, stage)}
         write_atomically(files[-1], json.dumps(held, indent=1).encode())

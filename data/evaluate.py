@@ -21,6 +21,7 @@ from torch import Tensor
 
 import flashaudio as fa
 from data import toy
+from data.listen import save_clip, write_page
 from data.manifest import Data, bar
 from flashaudio import (SAMPLE_RATE, FlashAudio, clap_score, frechet_distance, hub_model, kl_divergence, mel_spectrogram,
                         write_atomically)
@@ -103,6 +104,7 @@ def pooled(output) -> Tensor:
 
 
 STAGES = ("vae", "cfm", "rf1", "rf2", "distill")
+SHOWN = 8   # captions on the listening page
 COLUMNS = ("model", "steps", "nfe", "guidance", "fd", "kl", "accuracy", "measured", "clap", "straightness", "rtf", "clips", "judge")
 
 
@@ -171,12 +173,19 @@ def evaluate(run: "Run") -> None:
         judge = ToyJudge(data, rows, real)
     else:
         judge = PublicJudge(data, rows, real, flags.clap, flags.ast, run.device) if flags.clap else NearestClip(data, rows, real)
-    vocoder, table = fa.load_vocoder(flags.vocoder, str(run.device)), []
+    vocoder, table, shown = fa.load_vocoder(flags.vocoder, str(run.device)), [], []
 
     def add(name: str, wav: Tensor, steps: int | None = None, guidance: float | None = None, straight: float | None = None,
             elapsed: float | None = None) -> None:
         nfe = steps and steps * (1 if guidance == 1 else 2)
         rtf = elapsed and elapsed / (len(wav) * seconds)
+        label = file_name = name
+        if steps:
+            label, file_name = f"{name}, {steps} step{'s' * (steps > 1)}, ω {guidance:g}", f"{name}-{steps}-{guidance:g}"
+        for k, clip in enumerate(wav[:SHOWN]):
+            save_clip(Path(flags.out) / "listen" / f"{k}-{file_name}.wav", clip)
+            shown.append((captions[k], "the real clip" if name == "real" else "the real clip through the VAE" if name == "vae" else label,
+                          f"{k}-{file_name}"))
         table.append({"model": name, "steps": steps, "nfe": nfe, "guidance": guidance, **judge(wav), "straightness": straight,
                       "rtf": rtf, "clips": len(wav), "judge": judge.name})
 
@@ -213,4 +222,6 @@ def evaluate(run: "Run") -> None:
     for stage in STAGES[1:] if run.public else STAGES:
         notes = json.loads((run.folder(stage) / "config.json").read_text())
         write_atomically(run.folder(stage) / "README.md", model_card(notes, results).encode())
+    page = write_page(Path(flags.out) / "listen", f"flashaudio: {flags.out}", "Held-out captions: the real clip, then every model.", shown, seconds)
     print_table(results)
+    print(f"{page}: the first {min(SHOWN, len(rows))} captions, to listen to in a browser")

@@ -33,25 +33,68 @@ def file_digest(path: Path, _mtime: int) -> bytes:
         return hashlib.file_digest(f, "sha256").digest()
 
 
+def processes() -> tuple[int, int]:
+    """The number of this process and how many there are; (0, 1) without torchrun."""
+    d = torch.distributed
+    return (d.get_rank(), d.get_world_size()) if d.is_available() and d.is_initialized() else (0, 1)
+
+
+def wait_for_all() -> None:
+    if processes()[1] > 1:
+        torch.distributed.barrier()
+
+
 def bar(iterable, text: str, **more) -> tqdm:
     """A progress bar that is silent where no one watches."""
-    return tqdm(iterable, desc=f"{text:>8}", disable=None, leave=False, dynamic_ncols=True, **more)
+    return tqdm(iterable, desc=f"{text:>8}", disable=True if processes()[0] else None, leave=False, dynamic_ncols=True, **more)
+
+
+def blocks(n: int, size: int, text: str) -> tqdm:
+    """Starts of the blocks of `size` out of n rows that this process computes."""
+    rank, world = processes()
+    return bar(range(rank * size, n, world * size), text, unit="batch")
+
+
+def read_array(path: Path, shape: tuple[int, ...], mode: str = "r") -> np.ndarray | None:
+    """The array in a .npy file, memory-mapped; None where there is none, or not one of that shape."""
+    try:
+        array = np.load(path, mmap_mode=mode)       # never unpickles
+        return array if array.shape == shape else None
+    except (OSError, ValueError, EOFError):
+        return None
 
 
 def cached(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None], dtype: type = np.float32) -> np.ndarray:
-    """The array at `path`, memory-mapped; where it is missing, `fill(array)` computes it first.
+    """The array at `path`, memory-mapped; where it is missing, `fill(array)` computes it first, each process its share.
 
     `path` is <name>-<digest>.npy. Arrays of that name with another digest were computed from something that has changed, and go.
+    An array that an interrupted run left half filled is handed to `fill` as it is.
     """
-    if not path.exists():
+    temporary, array = path.with_suffix(".tmp"), read_array(path, shape)
+    wait_for_all()
+    if array is not None:
+        return array
+    if processes()[0] == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in path.parent.glob(path.name.rsplit("-", 1)[0] + "-*"):
-            stale.unlink()
-        temporary = path.with_suffix(".tmp")
-        array = np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
-        fill(array)
-        array.flush()
+            if stale != temporary:
+                stale.unlink()
+        if read_array(temporary, shape) is None:
+            np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
+            try:
+                with open(temporary, "r+b") as f:   # take the space now: a disk that is full later would kill the process
+                    getattr(os, "posix_fallocate", lambda *_: None)(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+            except OSError as e:
+                temporary.unlink()
+                raise OSError(e.errno, f"{e.strerror}: {math.prod(shape) * np.dtype(dtype).itemsize / 2 ** 20:.0f} MiB", str(path)) from e
+    wait_for_all()
+    array = read_array(temporary, shape, "r+")
+    fill(array)
+    array.flush()
+    wait_for_all()
+    if processes()[0] == 0:
         os.replace(temporary, path)
+    wait_for_all()
     return np.load(path, mmap_mode="r")
 
 
@@ -109,8 +152,12 @@ class Data:
         path = cache / f"mels-{self.key}.npy"
 
         def fill(array: np.ndarray) -> None:
+            if processes()[0]:
+                return
             unreadable = {}
             for i in bar(range(len(paths)), "mels", unit="clip"):
+                if array[i, -1, -1]:                # done by a run that was interrupted; no log-mel is 0 to the bit
+                    continue
                 try:
                     array[i] = mel_spectrogram(load_audio(paths[i], HOP * frames)[None])[0].numpy()
                 except InputError as e:
@@ -140,7 +187,7 @@ class Data:
     def latents(self, model: FlashAudio, source: Path) -> np.ndarray:
         """Mean and std of the VAE's posterior for every clip, (N, 2, C, L); source: the file that the VAE was read from."""
         def fill(array: np.ndarray) -> None:
-            for i in bar(range(0, len(array), 32), "latents"):
+            for i in blocks(len(array), 32, "latents"):
                 mean, logvar = model.vae.encode(torch.tensor(self.mels[i:i + 32], device=model.device))
                 array[i:i + 32] = torch.stack([mean, (logvar / 2).exp()], 1).cpu().numpy()
 
@@ -154,7 +201,7 @@ class Data:
         place = {caption: i for i, caption in enumerate(distinct)}
 
         def fill(array: np.ndarray) -> None:
-            for i in bar(range(0, len(distinct), 64), "contexts"):
+            for i in blocks(len(distinct), 64, "contexts"):
                 array[i:i + 64] = model.text(distinct[i:i + 64]).float().cpu().numpy()
 
         shape, path = (len(distinct), *model.text([""]).shape[1:]), self.cache / f"contexts-{digest(distinct, source)}.npy"
