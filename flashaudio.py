@@ -109,6 +109,8 @@ class FlashAudioConfig:
     @classmethod
     def from_dict(cls, d: dict) -> "FlashAudioConfig":
         """Read a config.json; keys that are not ours are left alone."""
+        if max(d["dit"]["depth"], d["text"]["layers"], d["vae"]["res_blocks"], len(d["vae"]["channel_mult"])) > 1000:
+            raise ValueError("config.json describes more than 1000 layers")
         vae, dit, text = ({k: tuple(v) if isinstance(v, list) else v for k, v in d[part].items()} for part in ("vae", "dit", "text"))
         return cls(VAEConfig(**vae), DiTConfig(**dit), TextConfig(**text), d["frames"], d["integer_time"])
 
@@ -201,6 +203,7 @@ def load_audio(path: str | Path, samples: int | None = None) -> Tensor:
     """
     import torchaudio
     from scipy.io import wavfile
+    from scipy.signal import resample_poly
     try:
         if str(path).lower().endswith((".wav", ".wave")):
             with warnings.catch_warnings():
@@ -218,12 +221,15 @@ def load_audio(path: str | Path, samples: int | None = None) -> Tensor:
     except Exception as e:                          # decoders raise all kinds of errors; a person needs one line
         raise InputError(f"{path}: cannot be read as audio ({' '.join(str(e).split()) or type(e).__name__})") from e
     wav = wav.mean(0) if wav.dim() == 2 else wav
+    if not 1000 <= rate <= 1_000_000:
+        raise InputError(f"{path}: says that it has {rate} samples a second")
+    if samples:
+        wav = wav[:math.ceil((samples / SAMPLE_RATE + 0.1) * rate)]
     if not wav.numel() or not wav.isfinite().all():
         raise InputError(f"{path}: holds no samples" if not wav.numel() else f"{path}: holds NaN or infinite samples")
-    wav = torchaudio.functional.resample(wav, rate, SAMPLE_RATE)
-    if samples is None:
-        return wav
-    return wav.repeat(math.ceil(samples / len(wav)))[:samples]
+    if rate != SAMPLE_RATE:
+        wav = torch.from_numpy(resample_poly(wav.numpy(), SAMPLE_RATE // (g := math.gcd(rate, SAMPLE_RATE)), rate // g))
+    return wav.repeat(math.ceil(samples / len(wav)))[:samples] if samples else wav
 
 
 # ---------------------------------------------------------------------------------------------------------------------------
@@ -931,8 +937,12 @@ class FlashAudio(nn.Module):
                 from huggingface_hub import snapshot_download
                 folder = Path(snapshot_download(str(source), allow_patterns=["config.json", "model.safetensors", "README.md"]))
             held = json.loads((folder / "config.json").read_text())
-            model = cls(FlashAudioConfig.from_dict(held))
-            load_model(model, folder / "model.safetensors")
+            config = FlashAudioConfig.from_dict(held)
+            with torch.device("meta"):                  # sizes without memory: a config.json may say anything
+                size = 4 * sum(p.numel() for p in cls(config).parameters())
+            if size > 2 * (folder / "model.safetensors").stat().st_size + 2 ** 20:
+                raise ValueError(f"config.json describes {size} bytes of weights, model.safetensors holds fewer")
+            load_model(model := cls(config), folder / "model.safetensors")
         except FileNotFoundError as e:
             raise InputError(f"{source}: no model here ({Path(e.filename or 'model.safetensors').name} is missing)") from e
         except Exception as e:                          # safetensors, JSON, torch and the hub each have errors of their own
@@ -951,7 +961,7 @@ class FlashAudio(nn.Module):
         InputError, in one line, for a file that is no such checkpoint, with the keys that are missing or left over.
         """
         from data import public
-        state = public.rename(read_checkpoint(checkpoint))
+        state = public.rename(public.read_checkpoint(checkpoint))
         try:
             model = cls(public.make_an_audio_config(state, text))
             ours = model.state_dict().keys()
@@ -983,27 +993,3 @@ def write_atomically(path: Path, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
-
-
-def read_checkpoint(source: str | Path) -> dict:
-    """What a checkpoint file holds: a local path, or "repo_id:path/in/repo" on the hub. Nothing in it is ever executed.
-
-    Raises InputError for a file that is missing, is no checkpoint, or holds pickled objects besides tensors and plain values.
-    """
-    from safetensors.torch import load_file
-    path = Path(source)
-    try:
-        if not path.exists() and ":" in str(source):
-            from huggingface_hub import hf_hub_download
-            path = Path(hf_hub_download(*str(source).split(":", 1)))
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise InputError(f"{source}: no such checkpoint; a file, or repo_id:path/in/repo") from e
-    except Exception as e:                          # torch, pickle, zip, safetensors and the hub each have errors of their own
-        why = "it holds pickled objects besides tensors" if "weights_only" in str(e).lower() else str(e) or type(e).__name__
-        raise InputError(f"{source}: not read as a checkpoint ({why.splitlines()[0]})") from e
-    if not isinstance(held, dict):
-        raise InputError(f"{source}: not a checkpoint, but a {type(held).__name__}")
-    return held

@@ -11,13 +11,16 @@ listen to all of them, <out>/index.html.
 from __future__ import annotations
 
 import argparse
+import json
+import re
 import signal
 import sys
 from pathlib import Path
 
 
 def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="sample.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument("prompts", nargs="*", help="what to hear")
     parser.add_argument("--file", type=Path, help="read prompts from a text file, one per line")
     parser.add_argument("--model", default="", help="folder of a stage, or a hub id [the newest out/*/distill]")
@@ -28,6 +31,8 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="take k of a prompt has the noise of seed + k [0]")
     parser.add_argument("--out", type=Path, default=Path("samples"), help="folder to write to [samples]")
     parser.add_argument("--batch_size", type=int, help="clips made at once [1 on a CPU, so that a clip is the same to the bit in any company; else 16]")
+    parser.add_argument("--bench", nargs="?", const="1,16,64", help="print where the time goes for these batch sizes instead [1,16,64 if bare]")
+    parser.add_argument("--preset", choices=("toy", "small", "base", "large"), help="with --bench: random weights of this size, no --model")
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps; auto is cuda where there is one [auto]")
     parser.add_argument("--vocoder", default="griffin-lim", help="griffin-lim, hifigan:<hub id or folder> or bigvgan:<folder> [griffin-lim]")
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
@@ -43,6 +48,7 @@ import time
 import torch
 
 import flashaudio as fa
+from data.bench import bench_sampling
 from data.listen import file_names, save_clip, write_page
 from flashaudio import FlashAudio, InputError
 
@@ -62,23 +68,35 @@ def check(flags: argparse.Namespace) -> list[str]:
             raise InputError(f"{flags.file}: no such file of prompts")
         try:
             prompts += flags.file.read_text(encoding="utf-8-sig").splitlines()
-        except UnicodeDecodeError as e:
+        except ValueError as e:
             raise InputError(f"{flags.file}: not a text file in UTF-8") from e
     prompts = [p.strip() for p in prompts if p.strip()]
-    if not prompts:
+    if flags.bench and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", flags.bench):
+        raise InputError(f"--bench takes batch sizes such as 1,16,64, not '{flags.bench}'")
+    if flags.preset and not flags.bench:
+        raise InputError("--preset goes with --bench: an untrained model makes noise")
+    if not prompts and not flags.bench:
         raise InputError('there is nothing to make: give a prompt, such as "a bell followed by rain"')
     for name in ("steps", "n", "batch_size"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise InputError(f"--{name} is {getattr(flags, name)}, must be at least 1")
     if flags.seconds is not None and not 0 < flags.seconds < 3600:
-        raise InputError(f"--seconds is {flags.seconds:g}, must be above 0")
+        raise InputError(f"--seconds is {flags.seconds:g}, must be above 0 and below 3600")
+    if not abs(flags.guidance) < 1000:
+        raise InputError(f"--guidance is {flags.guidance:g}, which is no strength of guidance: 1 is none, 3 is strong")
+    if not 0 <= flags.seed < 2 ** 31:
+        raise InputError(f"--seed is {flags.seed}, must be from 0 to {2 ** 31 - 1}")
     return prompts
 
 
 def main(flags: argparse.Namespace) -> None:
-    prompts, source = check(flags), flags.model or newest_model()
+    prompts, source = check(flags), flags.preset or flags.model or newest_model()
     device = fa.find_device(flags.device)
-    vocoder, model = fa.load_vocoder(flags.vocoder, str(device)), FlashAudio.from_pretrained(source, str(device))
+    vocoder = fa.load_vocoder(flags.vocoder, str(device))
+    model = FlashAudio(fa.PRESETS[source]).to(device).eval() if flags.preset else FlashAudio.from_pretrained(source, str(device))
+    if flags.bench:
+        sizes = [int(size) for size in flags.bench.split(",")]
+        return print(json.dumps(bench_sampling(model, str(source), vocoder, flags.steps, sizes, flags.seconds)))
     flags.out.mkdir(parents=True, exist_ok=True)
     nfe = flags.steps * (1 if flags.guidance == 1 else 2)
     names = file_names(prompts := list(dict.fromkeys(prompts)))
@@ -102,9 +120,17 @@ def main(flags: argparse.Namespace) -> None:
     print(f"{page}: all of them, to listen to in a browser")
 
 
-if __name__ == "__main__":
+def command(flags: argparse.Namespace) -> int:
+    """main, with an exit code: 2 and one line for what a person can put right."""
     try:
-        main(FLAGS)
+        main(flags)
+        return 0
     except (InputError, OSError) as e:
         print(f"sample.py: {e}", file=sys.stderr)
-        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("sample.py: out of memory: a smaller --batch_size needs less", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(command(FLAGS))

@@ -84,6 +84,7 @@ class Flags:
     ablate: str = flag("", "train and measure the recipe with each ingredient changed, over several seeds; full if bare",
                        choices=("full", "short"), nargs="?", const="full")
     seeds: int = flag(1, "seeds of --ablate, from --seed on [5 and 2]")
+    bench: int = flag(0, "time this many steps of training on random latents instead [30 if bare]", nargs="?", const=30)
     save_every: float = flag(60.0, "seconds between checkpoints")
     compile: str = flag("auto", "torch.compile the backbone; auto is on for cuda", choices=("auto", "on", "off"))
 
@@ -116,12 +117,14 @@ from transformers import AutoConfig
 import flashaudio as fa
 from data import toy
 from data.ablate import ablate
+from data.bench import bench_training
 from data.evaluate import evaluate, peak_memory
 from data.listen import draw_losses, hear
 from data.manifest import Data, bar, batch_indices, blocks, cached, digest, processes, wait_for_all
 from data.run import (REFLOW, STAGES, Objective, Run, batches, join_processes, lock, mean_over_processes, save, shared_out, stop,
                       versions)
-from flashaudio import FlashAudio, InputError, read_checkpoint
+from data.public import read_checkpoint
+from flashaudio import FlashAudio, InputError
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # The training loop that all stages share
@@ -366,6 +369,8 @@ RUN_STAGE = {"vae": train_vae, "cfm": partial(train_flow, stage="cfm"), "rf1": p
 def main(flags: Flags) -> None:
     device = join_processes(fa.find_device(flags.device), flags.batch_size)
     torch.set_float32_matmul_precision("high")
+    if flags.bench:
+        return print(json.dumps(bench_training(flags, device)))
     out = Path(flags.out)
     if processes()[0] == 0:
         out.mkdir(parents=True, exist_ok=True)
@@ -377,8 +382,6 @@ def main(flags: Flags) -> None:
     run = Run(flags, Data(manifest, out / "cache", fa.PRESETS[flags.preset].frames), device)
     if flags.ablate:
         return ablate(sys.modules[__name__], flags, run.data, device)
-    if run.public:
-        RUN_STAGE["cfm"] = import_checkpoint
     fa.load_vocoder(flags.vocoder)                  # what stage eval will need, asked for before the work and not after it
     if flags.clap and "scene" not in run.data.rows[0]:
         for name in filter(None, (flags.clap, flags.ast)):
@@ -387,17 +390,28 @@ def main(flags: Flags) -> None:
         if stage != "eval" and run.is_done(stage):
             print(f"{stage}: done already")
         elif stage != "eval" or processes()[0] == 0:
-            RUN_STAGE[stage](run)
+            (import_checkpoint if run.public and stage == "cfm" else RUN_STAGE[stage])(run)
         wait_for_all()
+
+
+def command(flags: Flags) -> int:
+    """main, with an exit code: 2 and one line for what a person can put right, 130 and 143 when stopped."""
+    try:
+        main(flags)
+        return 0
+    except (InputError, OSError) as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("train.py: out of memory: a larger --grad_accum gives the same step in smaller parts; then a smaller --batch_size or --preset",
+              file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"train.py: stopped; the same command continues from here (--out {flags.out})", file=sys.stderr)
+        return 128 + stop.asked
 
 
 if __name__ == "__main__":
     stop.listen()
-    try:
-        main(FLAGS)
-    except (InputError, OSError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"train.py: stopped; the same command continues from here (--out {FLAGS.out})", file=sys.stderr)
-        sys.exit(128 + stop.asked)
+    sys.stdout.reconfigure(line_buffering=True)     # a log file is up to date
+    sys.exit(command(FLAGS))

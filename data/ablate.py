@@ -18,6 +18,7 @@ import torch
 import flashaudio as fa
 from data import toy
 from data.evaluate import ToyJudge
+from data.figures import draw_figures
 from data.manifest import bar, digest
 from data.run import SETTINGS, STAGES, Run
 from flashaudio import InputError, write_atomically
@@ -193,3 +194,5 @@ def ablate(train, flags, data, device) -> None:
     tables = summary(files)
     write_atomically(out / "ablation.json", json.dumps({"tables": tables, "flags": vars(flags)}, indent=1).encode())
     print_tables(tables)
+    if {"Fig. 2, 3", "Fig. 4"} <= tables.keys():
+        draw_figures(out / "figures", shared(train, flags, data, device), judge, tables)

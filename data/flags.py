@@ -7,7 +7,7 @@ import math
 from dataclasses import field, fields
 
 # The least and the most of each number; for the others, a whole number is at least 1 and any other at least 0
-LIMITS = {"seed": (0, 2**31), "anchor_steps": (0, 10_000), "eval_clips": (2, math.inf), "ema": (0, 1), "lr_end": (0, 1),
+LIMITS = {"seed": (0, 2**31), "bench": (0, 10**6), "anchor_steps": (0, 10_000), "eval_clips": (2, math.inf), "ema": (0, 1), "lr_end": (0, 1),
           "caption_dropout": (0, 1), "sigma_min": (0, 1), "logit_mean": (-math.inf, math.inf)}
 
 
@@ -37,7 +37,7 @@ def complaint(flags) -> str:
 
 def read_command_line(text: str, cls, recipes: dict, ablations: dict, argv: list[str] | None = None):
     """The flags on the command line, over those of the preset. Exits with one line, code 2, for what cannot be meant."""
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="train.py", description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}; --help lists the flags\n")
     for f in fields(cls):
         more = {k: v for k, v in f.metadata.items() if k != "help"}

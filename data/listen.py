@@ -90,8 +90,13 @@ def draw_losses(out: Path) -> None:
     from matplotlib.figure import Figure
     losses: dict[str, dict[int, float]] = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
-        held = json.loads(line)
-        losses.setdefault(held["stage"], {})[held["step"]] = held["loss"]       # a step done again after a kill counts once
+        try:
+            held = json.loads(line)
+            losses.setdefault(held["stage"], {})[held["step"]] = held["loss"]   # a step done again after a kill counts once
+        except (ValueError, KeyError, TypeError):   # a line cut short by a kill
+            continue
+    if not losses:
+        return
     figure = Figure(figsize=(2.6 * len(losses), 2.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (stage, values) in zip(figure.subplots(1, len(losses), squeeze=False)[0], losses.items()):

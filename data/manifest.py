@@ -80,12 +80,12 @@ def cached(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None
             if stale != temporary:
                 stale.unlink()
         if read_array(temporary, shape) is None:
-            np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
             try:
+                np.lib.format.open_memmap(temporary, mode="w+", dtype=dtype, shape=shape)
                 with open(temporary, "r+b") as f:   # take the space now: a disk that is full later would kill the process
                     getattr(os, "posix_fallocate", lambda *_: None)(f.fileno(), 0, os.fstat(f.fileno()).st_size)
             except OSError as e:
-                temporary.unlink()
+                temporary.unlink(missing_ok=True)
                 raise OSError(e.errno, f"{e.strerror}: {math.prod(shape) * np.dtype(dtype).itemsize / 2 ** 20:.0f} MiB", str(path)) from e
     wait_for_all()
     array = read_array(temporary, shape, "r+")
@@ -104,23 +104,23 @@ def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
     Raises InputError when there is no such file, it is no CSV, or a column is missing.
     """
     if not path.is_file():
-        raise InputError(f"{path}: no such manifest; --data takes a CSV with the columns audio_path,caption")
+        raise InputError(f"{path}: {'a folder' if path.is_dir() else 'no such manifest'}; --data takes a CSV with the columns audio_path,caption")
+    good, problems = [], []
     try:
         with open(path, newline="", encoding="utf-8-sig") as f:
             reader = csv.DictReader(f)
             missing = {"audio_path", "caption"} - set(reader.fieldnames or ())
             if missing:
                 raise InputError(f"{path}: no column {' and '.join(sorted(missing))} in the first line; it must name the columns")
-            rows = [{**row, "line": reader.line_num} for row in reader]
+            for row in reader:
+                bad = [f"{name} is empty" for name in ("audio_path", "caption") if not (row[name] or "").strip()]
+                if bad or "\0" in row["audio_path"]:
+                    problems.append(f"{path}, line {reader.line_num}: {' and '.join(bad) or 'audio_path holds a NUL'}")
+                else:
+                    row["caption"], row["audio_path"] = row["caption"].strip(), str(path.parent / row["audio_path"].strip())
+                    good.append(row)
     except (UnicodeDecodeError, csv.Error) as e:
         raise InputError(f"{path}: not a CSV in UTF-8 ({e})") from e
-    good, problems = [], []
-    for row in rows:
-        empty = [name for name in ("audio_path", "caption") if not (row[name] or "").strip()]
-        if empty:
-            problems.append(f"{path}, line {row['line']}: {' and '.join(empty)} is empty")
-        else:
-            good.append({**row, "caption": row["caption"].strip(), "audio_path": str(path.parent / row["audio_path"].strip())})
     return good, problems
 
 

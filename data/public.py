@@ -13,7 +13,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flashaudio import (HOP, N_FFT, SAMPLE_RATE, DiTConfig, FlashAudioConfig, InputError, TextConfig, VAEConfig, hub_model,
-                        mel_to_magnitude, named, read_checkpoint)
+                        mel_to_magnitude, named)
+
+
+def read_checkpoint(source: str | Path) -> dict:
+    """What a checkpoint file holds: a local path, or "repo_id:path/in/repo" on the hub. Nothing in it is ever executed.
+
+    Raises InputError for a file that is missing, is no checkpoint, or holds pickled objects besides tensors and plain values.
+    """
+    from safetensors.torch import load_file
+    path = Path(source)
+    try:
+        if not path.exists() and ":" in str(source):
+            from huggingface_hub import hf_hub_download
+            path = Path(hf_hub_download(*str(source).split(":", 1)))
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise InputError(f"{source}: no such checkpoint; a file, or repo_id:path/in/repo") from e
+    except Exception as e:                          # torch, pickle, zip, safetensors and the hub each have errors of their own
+        why = "it holds pickled objects besides tensors" if "weights_only" in str(e).lower() else str(e) or type(e).__name__
+        raise InputError(f"{source}: not read as a checkpoint ({why.splitlines()[0]})") from e
+    if not isinstance(held, dict):
+        raise InputError(f"{source}: not a checkpoint, but a {type(held).__name__}")
+    return held
+
 
 # ---------------------------------------------------------------------------------------------------------------------------
 # Make-An-Audio 3

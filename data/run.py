@@ -91,7 +91,10 @@ class Run:
         now, file = self.settings(stage), self.folder(stage) / "config.json"
         if not file.exists() or not self.weights(stage).exists():
             return False
-        then = json.loads(file.read_text()).get("settings", {})
+        try:
+            then = json.loads(file.read_text()).get("settings", {})
+        except ValueError as e:
+            raise InputError(f"{file}: not readable as JSON; delete {self.folder(stage)} to train the stage again") from e
         changed = [f"{k} was {then.get(k)}, is {v}" for k, v in now.items() if then.get(k) != v]
         if changed and self.flags.stage != stage:
             raise InputError(f"{self.folder(stage)} was trained with other settings ({'; '.join(changed)}): "
