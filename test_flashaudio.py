@@ -11,12 +11,16 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from scipy.io import wavfile
 from torch import nn
@@ -341,6 +345,24 @@ def test_generate_is_reproducible_and_independent_of_the_batch(tmp_path):
         assert model.generate(["rain"], seconds=1).shape == (1, 62 * 256)
     with pytest.raises(InputError, match="too long"):
         model.generate(["rain"], seconds=60)
+
+
+def test_a_prompt_is_encoded_once_until_the_encoder_changes(monkeypatch):
+    model, seen, real = tiny_model(), [], fa.TextEncoder.forward
+    monkeypatch.setattr(fa.TextEncoder, "forward", lambda self, captions: seen.append(captions) or real(self, captions))
+    one = model.contexts(["rain", "a bell", "rain"])
+    two = model.contexts(["a bell", "wind"])
+    assert seen == [["rain", "a bell"], ["wind"]] and torch.equal(one[0], one[2]) and torch.equal(one[1], two[0])
+    with torch.no_grad():
+        model.text.pieces.weight.add_(1.0)
+    assert not torch.equal(model.contexts(["rain"])[0], one[0]) and len(seen) == 3
+
+
+def test_a_compiled_model_gives_the_same_samples(monkeypatch):
+    model = tiny_model()
+    plain = model.generate(["rain"], steps=2, seed=0)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))          # traced, without the minute of code generation
+    torch.testing.assert_close(model.compile().generate(["rain"], steps=2, seed=0), plain, atol=1e-5, rtol=1e-5)
 
 
 def test_save_and_load_give_identical_samples(tmp_path):
@@ -1021,6 +1043,25 @@ def test_a_half_filled_cache_is_finished_and_a_lying_one_made_again(tmp_path):
     assert cached(tmp_path / "a-1.npy", (5, 2), fill).shape == (5, 2) and len(filled) == 15
 
 
+def test_benches_print_where_the_time_goes(trained, monkeypatch, capsys):
+    import sample
+    import train
+    from data import bench
+    monkeypatch.setattr(bench, "milliseconds", partial(bench.milliseconds, seconds=0.0))
+    assert sample.command(sample.parse_flags(["--model", str(trained / "out/distill"), "--bench", "1,2", "--steps", "2", "--seconds", "0.5"])) == 0
+    held = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [(r["batch"], r["ω"], r["NFE"]) for r in held["rows"]] == [(1, 1.0, 2), (1, 3.0, 4), (2, 1.0, 2), (2, 3.0, 4)]
+    assert all(r[k] > 0 for r in held["rows"] for k in ("text ms", "backbone ms", "VAE ms", "vocoder ms", "whole ms", "RTF", "RTF backbone+VAE"))
+    assert train.command(train.parse_flags(["--bench", "3", "--batch_size", "4", "--device", "cpu"])) == 0
+    held = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert held["MFU"] == "-" and held["clips/s"] == pytest.approx(4000 / held["step ms"])                # no peak is known for a CPU
+    from torch.utils.flop_counter import FlopCounterMode
+    model = FlashAudio(fa.PRESETS["toy"])
+    with FlopCounterMode(display=False) as counter:
+        fa.rectified_flow_loss(model.dit, *torch.zeros(2, 4, 20, 32), torch.rand(4), torch.zeros(4, 16, 128)).backward()
+    assert held["GFLOP"] == counter.get_total_flops() / 1e9
+
+
 def assert_page_is_whole(page: Path, clips: int) -> None:
     """Every player and picture of a listening page has a file that can be played or shown, and a name for who cannot see it."""
     from html.parser import HTMLParser
@@ -1173,6 +1214,73 @@ def test_help_answers_at_once():
                "except SystemExit: pass\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
         done = run("-c", code)
         assert done.returncode == 0 and "--steps" in done.stdout or "--cfm_steps" in done.stdout, done.stderr
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.one_of(st.binary(max_size=300), st.text(max_size=200).map(lambda t: ("audio_path,caption\n" + t).encode("utf-8", "surrogatepass"))))
+def test_any_manifest_is_read_or_refused(content):
+    from data.manifest import read_manifest
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "manifest.csv"
+        path.write_bytes(content)
+        try:
+            rows, problems = read_manifest(path)
+        except InputError as e:
+            assert "\n" not in str(e)
+            return
+        assert all(row["caption"].strip() and row["audio_path"] and "\0" not in row["audio_path"] for row in rows)
+        for row in rows:                            # absolute paths, "..", quotes, newlines: a file, or none
+            os.path.exists(row["audio_path"])
+
+
+@settings(max_examples=80, deadline=None)
+@given(channels=st.integers(0, 2 ** 16 - 1), rate=st.integers(0, 2 ** 32 - 1), bits=st.integers(0, 2 ** 16 - 1), kind=st.sampled_from([0, 1, 3, 65534]),
+       align=st.integers(0, 2 ** 16 - 1), claimed=st.sampled_from([0, 1, 64, 2 ** 31 - 1, 2 ** 32 - 1]), body=st.binary(max_size=256))
+def test_a_wav_header_may_lie(channels, rate, bits, kind, align, claimed, body):
+    import struct
+    header = struct.pack("<4sI4s4sIHHIIHH4sI", b"RIFF", claimed, b"WAVE", b"fmt ", 16, kind, channels, rate, rate * align % 2 ** 32, align, bits, b"data", claimed)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.wav"
+        path.write_bytes(header + body)
+        try:
+            wav = fa.load_audio(path, 4000)
+        except InputError as e:
+            assert "\n" not in str(e)
+            return
+        assert wav.shape == (4000,) and wav.dtype == torch.float32 and wav.isfinite().all()
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 44101, 48000, 96000, 191_999])
+def test_every_rate_is_resampled(tmp_path, rate):
+    t = np.arange(rate) / rate
+    wavfile.write(tmp_path / "a.wav", rate, (0.5 * np.sin(2 * np.pi * 440 * t)).astype(np.float32))
+    wav = fa.load_audio(tmp_path / "a.wav", 8000)
+    expected = 0.5 * torch.sin(2 * math.pi * 440 * torch.arange(8000) / 16000)
+    assert (wav - expected)[200:].abs().max() < 2e-3
+
+
+def test_a_silent_or_constant_clip_is_trained_on(tmp_path):
+    manifest = write_clips(tmp_path / "clips", 4)
+    wavfile.write(tmp_path / "clips/0.wav", 16000, np.zeros(16000, np.int16))
+    wavfile.write(tmp_path / "clips/1.wav", 16000, np.full(16000, 9000, np.int16))
+    done = run("train.py", "--data", manifest, "--out", tmp_path / "out", *QUICK, "--stage", "vae")
+    assert done.returncode == 0, done.stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert losses and all(math.isfinite(x) for x in losses)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(trained, tmp_path, monkeypatch, capsys):
+    import shutil
+    import train
+    shutil.copytree(trained / "out", tmp_path / "out")
+    before = (tmp_path / "out/cfm/model.safetensors").read_bytes()
+    real = fa.rectified_flow_loss
+    monkeypatch.setattr(fa, "rectified_flow_loss", lambda *args: real(*args) * math.nan)
+    code = train.command(train.parse_flags([str(f) for f in ("--data", trained / "clips/manifest.csv", "--out", tmp_path / "out", *QUICK, "--stage", "cfm",
+                                                             "--lr", 1e-4)]))
+    said = capsys.readouterr().err
+    assert code == 2 and "cfm: loss nan" in said and "at step 4" in said and "last good checkpoint" in said and said.count("\n") == 1
+    assert (tmp_path / "out/cfm/model.safetensors").read_bytes() == before
 
 
 def test_odd_clips_are_used_and_bad_ones_are_counted(tmp_path):
