@@ -50,10 +50,10 @@ class Flags:
     ema: float = flag(0.995, "decay of the weight average that is saved and sampled from; 0 is off")
     grad_clip: float = flag(1.0, "largest gradient norm")           # public code
     vae_steps: int = flag(1800, "steps of stage vae")
-    cfm_steps: int = flag(1700, "steps of stage cfm")
+    cfm_steps: int = flag(2300, "steps of stage cfm")
     rf1_steps: int = flag(200, "steps of stage rf1")
-    rf2_steps: int = flag(900, "steps of stage rf2")
-    distill_steps: int = flag(1200, "steps of stage distill")
+    rf2_steps: int = flag(1000, "steps of stage rf2")
+    distill_steps: int = flag(1300, "steps of stage distill")
     kl_weight: float = flag(3e-3, "weight of the VAE's KL term")     # ours: large enough for a smooth latent
     caption_dropout: float = flag(0.2, "share of captions replaced by '' in training")   # public code
     sigma_min: float = flag(1e-4, "noise left in the data end of stage cfm")             # public code
