@@ -786,7 +786,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
         values, vectors = torch.linalg.eigh(cov)
         return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
-    x, y = x.double().cpu(), y.double().cpu()
+    x, y = x.cpu().double(), y.cpu().double()       # MPS has no float64
     cov_x, cov_y = x.T.cov(), y.T.cov()
     cross = torch.linalg.svdvals(root(cov_x) @ root(cov_y)).sum()               # tr (cov_x cov_y)^(1/2)
     return ((x.mean(0) - y.mean(0)).pow(2).sum() + cov_x.trace() + cov_y.trace() - 2 * cross).item()
@@ -880,7 +880,7 @@ class FlashAudio(nn.Module):
             null = self.contexts([""]).expand(len(context), -1, -1) if guidance != 1.0 else None
             if z0 is None:
                 names = [""] * len(context) if isinstance(prompts, Tensor) else prompts
-                seed = torch.seed() % 2**31 if seed is None else seed
+                seed = int.from_bytes(os.urandom(4)) >> 1 if seed is None else seed
                 z0 = self.noise(names, seed, self.latent_shape(seconds))
             return euler_sample(self.dit, z0.to(self.device), context, null, steps, guidance, return_trajectory,
                                 self.config.integer_time)

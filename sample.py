@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import signal
 import sys
@@ -102,6 +103,10 @@ def main(flags: argparse.Namespace) -> None:
     names = file_names(prompts := list(dict.fromkeys(prompts)))
     takes = [(prompt, k) for prompt in prompts for k in range(flags.n)]
     print(f"{source}, {flags.steps} step{'s' * (flags.steps > 1)}, ω {flags.guidance:g}, seed {flags.seed}")
+    longest = model.config.text.max_length if model.config.text.encoder == "bytes" else math.inf
+    for prompt in prompts:
+        if len(prompt.encode()) >= longest:
+            print(f"only the first {longest - 1} bytes are read of: {prompt}")
     size = flags.batch_size or (1 if model.device.type == "cpu" else 16)
     for i in range(0, len(takes), size):
         batch = takes[i:i + size]

@@ -347,6 +347,12 @@ def test_generate_is_reproducible_and_independent_of_the_batch(tmp_path):
         model.generate(["rain"], seconds=60)
 
 
+def test_generate_leaves_the_global_generator_alone():
+    model, state = tiny_model(), torch.get_rng_state()
+    clips = [model.generate(["rain"], seed=seed) for seed in (0, 0, None, None)]
+    assert torch.equal(torch.get_rng_state(), state) and torch.equal(clips[0], clips[1]) and not torch.equal(clips[2], clips[3])
+
+
 def test_a_prompt_is_encoded_once_until_the_encoder_changes(monkeypatch):
     model, seen, real = tiny_model(), [], fa.TextEncoder.forward
     monkeypatch.setattr(fa.TextEncoder, "forward", lambda self, captions: seen.append(captions) or real(self, captions))
@@ -897,6 +903,24 @@ def test_ablations_share_stages_continue_and_count_what_is_on_disk(judge_file, t
     assert json.loads((tmp_path / "out/ablation.json").read_text())["tables"]["Table 2"]["1-RF full"] == {"fd 24 steps": [4.0, 1.0, 2]}
 
 
+def test_a_claim_is_reproduced_only_where_its_interval_excludes_zero(tmp_path):
+    from data.ablate import judge_claims
+    rows = {("Table 2", "1-RF full"): [1.0, 2.0, 3.0], ("Table 2", "1-RF uniform t"): [2.0, 3.1, 3.9],      # -1.0, -1.1, -0.9
+            ("Table 2", "1-RF not from CFM"): [1.5, 1.9, 3.2], ("Table 2", "1-RF no pairing"): [0.5, 1.4, 2.6]}
+    files = []
+    for (table, row), values in rows.items():
+        for seed, value in enumerate(values):
+            files.append(tmp_path / f"{len(files)}.json")
+            files[-1].write_text(json.dumps({"table": table, "row": row, "seed": seed, "figures": {"fd 24 steps": value}}))
+    claims = judge_claims(files)
+    assert {name: c["verdict"] for name, c in claims.items()} == {
+        "1-RF: logit-normal t": "reproduced", "1-RF: from CFM": "not seen", "1-RF: immiscible pairing": "the opposite"}
+    first = claims["1-RF: logit-normal t"]
+    assert first["difference"] == pytest.approx(-1.0) and first["ours"] == pytest.approx([2.0, 3.0])
+    assert first["interval"] == pytest.approx(4.302653 * 0.1 / 3 ** 0.5, rel=1e-5)            # t of 2 degrees of freedom, standard deviation 0.1
+    assert judge_claims(files[:2] + files[3:5])["1-RF: logit-normal t"]["verdict"] == "cannot be judged"
+
+
 def test_training_from_a_public_checkpoint_ends_in_a_one_step_model(public_checkpoint, tmp_path):
     manifest = write_clips(tmp_path / "clips", 4)
     done = run("train.py", "--init", public_checkpoint / "public.ckpt", "--text", f"{public_checkpoint / 'bert'},{public_checkpoint / 't5'}",
@@ -1104,7 +1128,8 @@ def test_sample_writes_wavs_and_pictures(trained, tmp_path):
     assert rate == 16000 and wav.dtype == np.int16 and wav.shape == (32768,)
     run("sample.py", *model, "tone number 2", "--n", 2, "--out", tmp_path / "b", "--seed", 5)
     assert np.array_equal(wavfile.read(tmp_path / "b/tone-number-2-1.wav")[1], wav)         # whatever else was asked for
-    run("sample.py", *model, "tone number 2", "--n", 2, "--out", tmp_path / "c", "--seed", 7)
+    long = run("sample.py", *model, "tone number 2", "a" * 70, "--n", 2, "--out", tmp_path / "c", "--seed", 7)
+    assert "only the first 63 bytes" in long.stdout and long.returncode == 0
     assert not np.array_equal(wavfile.read(tmp_path / "c/tone-number-2-1.wav")[1], wav)
 
 

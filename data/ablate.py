@@ -8,12 +8,14 @@ Repeating the command continues. Judged on mels, before the vocoder.
 from __future__ import annotations
 
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 
 import flashaudio as fa
 from data import toy
@@ -176,6 +178,47 @@ def print_tables(tables: dict) -> None:
             print(f"{row:32}" + "".join(f"{cell:>24}" for cell in cells))
 
 
+# What the paper says is better, than what, and its own figures (FAD, Tables 1, 2, 6 and §4.2.3); each side is table, row, figure
+CLAIMS = {
+    "1-RF: logit-normal t": (("Table 2", "1-RF full", "fd 24 steps"), ("Table 2", "1-RF uniform t", "fd 24 steps"), "1.12, 1.08"),
+    "1-RF: from CFM": (("Table 2", "1-RF full", "fd 24 steps"), ("Table 2", "1-RF not from CFM", "fd 24 steps"), "1.12, 1.49"),
+    "1-RF: immiscible pairing": (("Table 2", "1-RF full", "fd 24 steps"), ("Table 2", "1-RF no pairing", "fd 24 steps"), "1.12, 1.19"),
+    "1-RF: μ = 0, not -0.5": (("Table 6", "1-RF μ = 0.0", "fd 24 steps"), ("Table 6", "1-RF μ = -0.5", "fd 24 steps"), "1.12, 1.13"),
+    "1-RF: μ = 0, not 0.5": (("Table 6", "1-RF μ = 0.0", "fd 24 steps"), ("Table 6", "1-RF μ = 0.5", "fd 24 steps"), "1.12, 1.20"),
+    "2-RF: Mix-Exp t": (("Table 2", "2-RF full", "fd 24 steps"), ("Table 2", "2-RF uniform t", "fd 24 steps"), "1.18, 1.23"),
+    "2-RF: a = 4, not 1": (("Table 6", "2-RF a = 4", "fd 24 steps"), ("Table 6", "2-RF a = 1", "fd 24 steps"), "1.18, 1.24"),
+    "2-RF: a paired 1-RF": (("Table 2", "2-RF full", "fd 24 steps"), ("Table 2", "2-RF from 1-RF without pairing", "fd 24 steps"), "1.18, 1.26"),
+    "2-RF: pairing before the ODE": (("Table 2", "2-RF paired before the ODE", "fd 24 steps"), ("Table 2", "2-RF full", "fd 24 steps"), ""),
+    "2-RF: literal re-pairing": (("Table 2", "2-RF literal re-pairing", "fd 24 steps"), ("Table 2", "2-RF full", "fd 24 steps"), ""),
+    "anchored, not plain, guidance": (("Fig. 4", "ω = 3, anchored, 1", "fd 4 steps"), ("Fig. 4", "ω = 3, plain", "fd 4 steps"), "1.26, 1.43"),
+    "2-RF straighter than CFM": (("Fig. 2, 3", "rf2", "straightness"), ("Fig. 2, 3", "cfm", "straightness"), ""),
+    "2-RF in 24 steps, CFM in 24": (("Fig. 2, 3", "rf2", "fd 24 steps"), ("Fig. 2, 3", "cfm", "fd 24 steps"), "1.18, 1.22"),
+    "2-RF in 4 steps, CFM in 4": (("Fig. 2, 3", "rf2", "fd 4 steps"), ("Fig. 2, 3", "cfm", "fd 4 steps"), ""),
+    "distilled, 2-RF, in one step": (("Fig. 2, 3", "distill", "fd 1 steps"), ("Fig. 2, 3", "rf2", "fd 1 steps"), "1.49, 2.24"),
+    "distilled in 1, CFM in 24": (("Fig. 2, 3", "distill", "fd 1 steps"), ("Fig. 2, 3", "cfm", "fd 24 steps"), "1.49, 1.22")}
+
+
+def judge_claims(files: list[Path]) -> dict:
+    """For each claim the mean difference over seeds, first side less second (less is better), its 95% interval (Student's t, seeds
+    paired), and what that says: reproduced only where the interval lies below zero."""
+    found: dict = {}
+    for file in files:
+        held = json.loads(file.read_text())
+        for name, value in held["figures"].items():
+            found.setdefault((held["table"], held["row"], name), {})[held["seed"]] = value
+    verdicts = {}
+    for claim, (better, worse, paper) in CLAIMS.items():
+        seeds = sorted(found.get(better, {}).keys() & found.get(worse, {}).keys())
+        if not seeds:
+            continue
+        gaps = np.array([found[better][seed] - found[worse][seed] for seed in seeds])
+        half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5 if len(gaps) > 2 else math.inf
+        verdict = "cannot be judged" if half == math.inf else "reproduced" if gaps.mean() < -half else "the opposite" if gaps.mean() > half else "not seen"
+        verdicts[claim] = {"ours": [float(np.mean([found[side][seed] for seed in seeds])) for side in (better, worse)], "figure": better[2],
+                           "difference": float(gaps.mean()), "interval": None if half == math.inf else half, "paper": paper, "verdict": verdict}
+    return verdicts
+
+
 def ablate(train, flags, data, device) -> None:
     """Train and measure every row of the plan for every seed; print the tables and write <out>/ablation.json."""
     out, judge = Path(flags.out), Judge(data, flags.eval_clips)
@@ -192,7 +235,11 @@ def ablate(train, flags, data, device) -> None:
         held = {"table": table, "row": row, "seed": seed, "change": change, "figures": measure(train, run, judge, table, stage)}
         write_atomically(files[-1], json.dumps(held, indent=1).encode())
     tables = summary(files)
-    write_atomically(out / "ablation.json", json.dumps({"tables": tables, "flags": vars(flags)}, indent=1).encode())
+    claims = judge_claims(files)
+    write_atomically(out / "ablation.json", json.dumps({"tables": tables, "claims": claims, "flags": vars(flags)}, indent=1).encode())
     print_tables(tables)
+    for claim, c in claims.items():
+        half = f" ± {c['interval']:.2g}" if c["interval"] is not None else ""
+        print(f"{claim:32} {c['figure']}: {c['ours'][0]:.3g}, {c['ours'][1]:.3g}; difference {c['difference']:+.2g}{half}; paper {c['paper'] or '-'}: {c['verdict']}")
     if {"Fig. 2, 3", "Fig. 4"} <= tables.keys():
         draw_figures(out / "figures", shared(train, flags, data, device), judge, tables)
