@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -722,7 +723,6 @@ def test_a_text_model_that_is_not_there_is_named_in_one_line(tmp_path):
 
 
 def test_push_to_hub_uploads_what_from_pretrained_loads(tmp_path, monkeypatch):
-    import shutil
     from types import SimpleNamespace
     import huggingface_hub
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id))
@@ -845,7 +845,6 @@ def in_process(*flags) -> None:
 
 
 def test_the_three_readings_of_pairing_in_reflow(trained, tmp_path, monkeypatch):
-    import shutil
     pairs, weights = {}, {}
     for reading in ("off", "before", "literal"):
         if reading == "literal":                    # so few steps leave samples at their own noise: pair them otherwise
@@ -864,7 +863,6 @@ def test_the_three_readings_of_pairing_in_reflow(trained, tmp_path, monkeypatch)
 
 
 def test_rf1_may_start_anew_and_pair_in_other_ways(trained, tmp_path, monkeypatch):
-    import shutil
     weights, seen, real = {"full": (trained / "out/rf1/model.safetensors").read_bytes()}, [], fa.immiscible_pairing
     monkeypatch.setattr(fa, "immiscible_pairing", lambda z1, z0, c, weight: seen.append((c is not None, weight)) or real(z1, z0, c, weight))
     for name, flags in {"anew": ("--init", "none"), "none": ("--pairing", "none"), "knn": ("--pairing", "knn"),
@@ -877,7 +875,6 @@ def test_rf1_may_start_anew_and_pair_in_other_ways(trained, tmp_path, monkeypatc
 
 
 def test_ablations_share_stages_continue_and_count_what_is_on_disk(judge_file, tmp_path, monkeypatch):
-    import shutil
     from data import ablate, toy
     rows = [("Table 2", "1-RF full", "rf1", {}), ("Table 2", "1-RF uniform t", "rf1", {"rf1_timesteps": "uniform"}),
             ("Fig. 4", "ω = 3, anchored, 1", "rf2", {}), ("Pairing", "1-RF knn", "rf1", {"pairing": "knn"})]
@@ -1010,7 +1007,6 @@ def test_a_signal_is_answered_between_two_steps(trained, tmp_path):
 def test_a_full_disk_leaves_what_was_good(trained, tmp_path, capsys):
     """Simulated by the largest size that a file of the process may have."""
     import resource
-    import shutil
     import train
     shutil.copytree(trained / "out", tmp_path / "out")
     flags = train.parse_flags([str(f) for f in ("--data", trained / "clips/manifest.csv", "--out", tmp_path / "out", *QUICK, "--stage", "rf2", "--couplings", 9)])
@@ -1029,7 +1025,6 @@ def test_a_full_disk_leaves_what_was_good(trained, tmp_path, capsys):
 
 
 def test_two_processes_train_like_one(trained, tmp_path):
-    import shutil
     losses = {}
     for name, command in {"one": [], "two": ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2]}.items():
         shutil.copytree(trained / "out", tmp_path / name)
@@ -1105,6 +1100,22 @@ def assert_page_is_whole(page: Path, clips: int) -> None:
         assert len(wav) / rate > 1 and "controls" in player and player["aria-label"] and picture["alt"]
         assert matplotlib.image.imread(page.parent / picture["src"]).shape == (80, len(wav) // 256, 4)
     assert not [a for _, a in found for k in ("src", "href") if "//" in a.get(k, "")]       # nothing from elsewhere
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not here")
+def test_a_browser_plays_the_page(trained, tmp_path):
+    shutil.copytree(trained / "out/listen", tmp_path / "listen")
+    with open(tmp_path / "listen/index.html", "a", encoding="utf-8") as f:
+        f.write("""<script>addEventListener("load", async () => {
+            const players = [...document.querySelectorAll("audio")], pictures = [...document.images]
+            await Promise.all(players.map(a => a.readyState || new Promise(done => a.onloadedmetadata = a.onerror = done)))
+            await Promise.all(pictures.map(i => (i.loading = "eager", i.decode().catch(() => 0))))
+            document.title = JSON.stringify([players.map(a => a.duration), pictures.map(i => i.naturalWidth)])})</script>""")
+    done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+                           "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+                           "--virtual-time-budget=30000", "--dump-dom", (tmp_path / "listen/index.html").as_uri()], capture_output=True, text=True)
+    players, pictures = json.loads(done.stdout.split("<title>")[1].split("</title>")[0])
+    assert players == [2.048] * 78 and pictures == [128] * 78 and "CONSOLE" not in done.stderr
 
 
 def test_evaluation_writes_a_page_and_every_stage_a_sound(trained):
@@ -1295,7 +1306,6 @@ def test_a_silent_or_constant_clip_is_trained_on(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(trained, tmp_path, monkeypatch, capsys):
-    import shutil
     import train
     shutil.copytree(trained / "out", tmp_path / "out")
     before = (tmp_path / "out/cfm/model.safetensors").read_bytes()

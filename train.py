@@ -327,7 +327,7 @@ def train_on_couplings(run: Run, stage: str) -> None:
 
     def fill(array: np.ndarray) -> None:
         model.requires_grad_(False)
-        for i in blocks(len(array), 64, "pairs"):
+        for i in blocks(array, 64, "pairs"):
             if array[i:i + 64][-1, 1].any():        # done by a run that was interrupted
                 continue
             rows = place[i:i + 64]

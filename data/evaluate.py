@@ -105,6 +105,9 @@ def pooled(output) -> Tensor:
 
 STAGES = ("vae", "cfm", "rf1", "rf2", "distill")
 SHOWN = 8   # captions on the listening page
+NAMES = {"cfm": "CFM", "rf1": "1-RF", "rf2": "2-RF", "distill": "distilled"}
+STORY = ("Captions that were held out: the real clip, then what each model makes of the caption, from the same noise. CFM needs many steps. "
+         "The 1-RF is trained on from it, the 2-RF on what the 1-RF makes, and the distilled model on what the 2-RF makes, until one step is enough.")
 COLUMNS = ("model", "steps", "nfe", "guidance", "fd", "kl", "accuracy", "measured", "clap", "straightness", "rtf", "clips", "judge")
 
 
@@ -181,7 +184,8 @@ def evaluate(run: "Run") -> None:
         rtf = elapsed and elapsed / (len(wav) * seconds)
         label = file_name = name
         if steps:
-            label, file_name = f"{name}, {steps} step{'s' * (steps > 1)}, ω {guidance:g}", f"{name}-{steps}-{guidance:g}"
+            label = f"{NAMES[name]}, {steps} step{'s' * (steps > 1)}" + f", ω = {guidance:g}" * (guidance != 1)
+            file_name = f"{name}-{steps}-{guidance:g}"
         for k, clip in enumerate(wav[:SHOWN]):
             save_clip(Path(flags.out) / "listen" / f"{k}-{file_name}.wav", clip)
             shown.append((captions[k], "the real clip" if name == "real" else "the real clip through the VAE" if name == "vae" else label,
@@ -222,6 +226,6 @@ def evaluate(run: "Run") -> None:
     for stage in STAGES[1:] if run.public else STAGES:
         notes = json.loads((run.folder(stage) / "config.json").read_text())
         write_atomically(run.folder(stage) / "README.md", model_card(notes, results).encode())
-    page = write_page(Path(flags.out) / "listen", f"flashaudio: {flags.out}", "Held-out captions: the real clip, then every model.", shown, seconds)
+    page = write_page(Path(flags.out) / "listen", f"flashaudio: {Path(flags.out).name}", STORY, shown, seconds)
     print_table(results)
     print(f"{page}: the first {min(SHOWN, len(rows))} captions, to listen to in a browser")

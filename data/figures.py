@@ -11,8 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 import flashaudio as fa
-
-NAMES = {"cfm": "CFM", "rf1": "1-RF", "rf2": "2-RF", "distill": "distilled"}
+from data.evaluate import NAMES
 
 
 def panels(columns: int, rows: int = 1, width: float = 3.2, height: float = 2.6, **more) -> tuple[Figure, np.ndarray]:

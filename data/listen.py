@@ -30,9 +30,11 @@ figcaption {{ font-size: .9rem }}
 img {{ width: 100%; height: 6rem; image-rendering: pixelated; border-radius: .25rem }}
 audio {{ width: 100% }}
 </style>
+<main>
 <h1>{title}</h1>
 <p>{text} Pictures are mel spectrograms: time runs to the right ({seconds:.1f} s), frequency upwards (0 to 8 kHz), bright is loud.</p>
 {sections}
+</main>
 </html>
 """
 CARD = """<li><figure><figcaption>{label}</figcaption>

@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import math
+import mmap
 import os
 from functools import lru_cache
 from pathlib import Path
@@ -49,10 +50,19 @@ def bar(iterable, text: str, **more) -> tqdm:
     return tqdm(iterable, desc=f"{text:>8}", disable=True if processes()[0] else None, leave=False, dynamic_ncols=True, **more)
 
 
-def blocks(n: int, size: int, text: str) -> tqdm:
-    """Starts of the blocks of `size` out of n rows that this process computes."""
+def blocks(array: np.ndarray, size: int, text: str):
+    """Starts of the blocks of `size` rows of a memory-mapped array that this process computes."""
     rank, world = processes()
-    return bar(range(rank * size, n, world * size), text, unit="batch")
+    for i in bar(range(rank * size, len(array), world * size), text, unit="batch"):
+        yield i
+        if i // size % 64 == 63:
+            to_disk(array)
+
+
+def to_disk(array: np.ndarray) -> None:
+    """Let go of the memory behind a mapped array; what was written to it stays."""
+    if hasattr(mmap, "MADV_DONTNEED") and getattr(array, "_mmap", None) is not None:
+        array._mmap.madvise(mmap.MADV_DONTNEED)
 
 
 def read_array(path: Path, shape: tuple[int, ...], mode: str = "r") -> np.ndarray | None:
@@ -156,6 +166,8 @@ class Data:
                 return
             unreadable = {}
             for i in bar(range(len(paths)), "mels", unit="clip"):
+                if i % 1000 == 999:
+                    to_disk(array)
                 if array[i, -1, -1]:                # done by a run that was interrupted; no log-mel is 0 to the bit
                     continue
                 try:
@@ -187,7 +199,7 @@ class Data:
     def latents(self, model: FlashAudio, source: Path) -> np.ndarray:
         """Mean and std of the VAE's posterior for every clip, (N, 2, C, L); source: the file that the VAE was read from."""
         def fill(array: np.ndarray) -> None:
-            for i in blocks(len(array), 32, "latents"):
+            for i in blocks(array, 32, "latents"):
                 mean, logvar = model.vae.encode(torch.tensor(self.mels[i:i + 32], device=model.device))
                 array[i:i + 32] = torch.stack([mean, (logvar / 2).exp()], 1).cpu().numpy()
 
@@ -201,7 +213,7 @@ class Data:
         place = {caption: i for i, caption in enumerate(distinct)}
 
         def fill(array: np.ndarray) -> None:
-            for i in blocks(len(distinct), 64, "contexts"):
+            for i in blocks(array, 64, "contexts"):
                 array[i:i + 64] = model.text(distinct[i:i + 64]).float().cpu().numpy()
 
         shape, path = (len(distinct), *model.text([""]).shape[1:]), self.cache / f"contexts-{digest(distinct, source)}.npy"
