@@ -634,7 +634,7 @@ def immiscible_pairing(z1: Tensor, z0: Tensor, context: Tensor | None = None, we
     tells little about the caption (C²OT, Cheng & Schwing 2025).
     """
     from scipy.optimize import linear_sum_assignment
-    cost = torch.cdist(z1.flatten(1).float(), z0.flatten(1).float())            # (B, B)
+    cost = torch.cdist(z1.flatten(1).float(), z0.flatten(1).float(), 2.0, "use_mm_for_euclid_dist")  # (B, B), a Gram product
     if weight:
         pooled = context.mean(1).float()
         cost = cost + weight * torch.cdist(pooled, pooled)

@@ -1040,6 +1040,19 @@ def test_two_processes_train_like_one(trained, tmp_path):
     assert np.array_equal(pairs[0], pairs[1])       # five pairs are one block: who makes it does not matter
 
 
+def test_batches_prepared_beside_are_the_same(trained):
+    from data.run import Run, batches
+    run_ = Run(None, None, torch.device("cpu"))
+    seen, draw = [], lambda step: seen.append(step) or [torch.randn(3, generator=rng(step)), torch.tensor(step)]
+    alone, beside = (list(batches(run_, range(2, 6), draw, beside=way)) for way in (False, True))
+    assert seen == [2, 3, 4, 5] * 2 and [step for step, _ in beside] == [2, 3, 4, 5]
+    assert all(torch.equal(a, b) for (_, one), (_, two) in zip(alone, beside) for a, b in zip(one, two))
+    ahead = batches(run_, range(2, 6), draw, beside=True)
+    next(ahead), time.sleep(0.2)
+    assert seen[8:] == [2, 3]                       # one step ahead, no further
+    assert list(batches(run_, range(4, 4), draw, beside=True)) == []
+
+
 def test_a_half_filled_cache_is_finished_and_a_lying_one_made_again(tmp_path):
     from data.manifest import cached
     filled = []

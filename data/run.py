@@ -154,8 +154,9 @@ def shared_out(objective: Objective, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(objective, [device] if device.type == "cuda" else None, broadcast_buffers=False)
 
 
-def batches(run: Run, steps: range, draw):
-    """(step, its batch on the device). The next batch is drawn, paired and sent by a thread while this one is worked on."""
+def batches(run: Run, steps: range, draw, beside: bool | None = None):
+    """(step, its batch on the device). beside, by default on CUDA: the next batch is drawn, paired and sent by a thread while this
+    one is worked on. A CPU would work on both at once no faster (with pairing, at half the speed: two thread pools in each other's way)."""
     cuda = run.device.type == "cuda"
     aside = torch.cuda.Stream(run.device) if cuda else None
 
@@ -166,6 +167,9 @@ def batches(run: Run, steps: range, draw):
                 aside.synchronize()
         return batch
 
+    if not (cuda if beside is None else beside):
+        yield from ((step, prepare(step)) for step in steps)
+        return
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(prepare, steps.start) if steps else None
         for step in steps:
