@@ -904,12 +904,17 @@ class FlashAudio(nn.Module):
 
         notes: further keys for config.json.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_model
-        folder = Path(folder)
+        folder, temporary = Path(folder), Path(folder) / "model.safetensors.tmp"
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(self, str(folder / "model.safetensors.tmp"))
-        os.chmod(folder / "model.safetensors.tmp", folder.stat().st_mode & 0o666)       # safetensors would keep it private
-        os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+        try:
+            save_model(self, str(temporary))
+        except SafetensorError as e:
+            temporary.unlink(missing_ok=True)
+            raise OSError(f"{folder / 'model.safetensors'}: not written ({e})") from e
+        os.chmod(temporary, folder.stat().st_mode & 0o666)                      # safetensors would keep it private
+        os.replace(temporary, folder / "model.safetensors")
         self.notes.update(notes)
         write_atomically(folder / "config.json", json.dumps({**asdict(self.config), **self.notes}, indent=2).encode())
         if self.card:

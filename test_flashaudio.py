@@ -1012,7 +1012,10 @@ def test_a_full_disk_leaves_what_was_good(trained, tmp_path, capsys):
     flags = train.parse_flags([str(f) for f in ("--data", trained / "clips/manifest.csv", "--out", tmp_path / "out", *QUICK, "--stage", "rf2", "--couplings", 9)])
     before = {p: p.read_bytes() for p in (tmp_path / "out/rf2").iterdir()}
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    for size, what in ((20_000, "couplings_rf2"), (300_000, "train_state.pt")):
+    state = (tmp_path / "out/rf2/train_state.pt").stat().st_size
+    model = (tmp_path / "out/rf2/model.safetensors").stat().st_size
+    assert 20_000 < model // 2 < model < state
+    for size, what in ((20_000, "couplings_rf2"), (model // 2, "train_state.pt")):
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
         try:
             assert train.command(flags) == 2
@@ -1021,6 +1024,13 @@ def test_a_full_disk_leaves_what_was_good(trained, tmp_path, capsys):
         said = capsys.readouterr().err
         assert what in said and said.count("\n") == 1, said
         assert {p: p.read_bytes() for p in (tmp_path / "out/rf2").iterdir()} == before
+    with pytest.raises(OSError, match="model.safetensors: not written"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            tiny_model().save_pretrained(tmp_path / "out/rf2")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {p: p.read_bytes() for p in (tmp_path / "out/rf2").iterdir()} == before
     assert train.command(flags) == 0
 
 
