@@ -900,6 +900,15 @@ def test_ablations_share_stages_continue_and_count_what_is_on_disk(judge_file, t
     assert json.loads((tmp_path / "out/ablation.json").read_text())["tables"]["Table 2"]["1-RF full"] == {"fd 24 steps": [4.0, 1.0, 2]}
 
 
+def test_a_stage_depends_on_the_settings_it_uses():
+    import train
+    from data.run import own_settings
+    changed = lambda stage, **flags: own_settings(train.Flags(**flags), stage) != own_settings(train.Flags(), stage)
+    assert [changed(stage, mix_exp_a=1.0) for stage in ("cfm", "rf1", "rf2", "distill")] == [False, False, True, False]
+    assert [changed(stage, logit_mean=0.5) for stage in ("cfm", "rf1", "rf2", "distill")] == [False, True, False, False]
+    assert changed("cfm", cfm_timesteps="logit_normal") and changed("rf2", rf2_timesteps="uniform") and not changed("rf2", pairing="none")
+
+
 def test_a_claim_is_reproduced_only_where_its_interval_excludes_zero(tmp_path):
     from data.ablate import judge_claims
     rows = {("Table 2", "1-RF full"): [1.0, 2.0, 3.0], ("Table 2", "1-RF uniform t"): [2.0, 3.1, 3.9],      # -1.0, -1.1, -0.9

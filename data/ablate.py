@@ -22,7 +22,7 @@ from data import toy
 from data.evaluate import ToyJudge
 from data.figures import draw_figures
 from data.manifest import bar, digest
-from data.run import SETTINGS, STAGES, Run
+from data.run import STAGES, Run, own_settings
 from flashaudio import InputError, write_atomically
 
 
@@ -51,7 +51,7 @@ def shared(train, flags, data, device):
     """A run of train.py whose stages live in folders named by what they depend on."""
     class SharedRun(Run):
         def folder(self, stage: str) -> Path:
-            chain = [{n: getattr(self.flags, n) for n in SETTINGS[s]} for s in STAGES[:STAGES.index(stage) + 1]]
+            chain = [own_settings(self.flags, s) for s in STAGES[:STAGES.index(stage) + 1]]
             return Path(self.flags.out) / f"{stage}-{digest(chain)}"
     return SharedRun(flags, data, device)
 

@@ -28,13 +28,18 @@ STAGES = ("vae", "cfm", "rf1", "rf2", "distill", "eval")
 COMMON = ("preset", "seed", "warmup", "lr_end", "ema", "grad_clip")
 FLOW = (*COMMON, "batch_size", "lr", "caption_dropout")
 REFLOW = ("rectify", "anchor_steps", "anchor_lr", "anchor_tol")
-DENSITY = ("logit_mean", "logit_std", "mix_exp_a")
+DENSITY = {"logit_normal": ("logit_mean", "logit_std"), "mix_exp": ("mix_exp_a",)}     # of the timesteps that a stage draws
 SETTINGS = {
     "vae": (*COMMON, "text", "vae_batch_size", "vae_frames", "vae_steps", "vae_lr", "kl_weight"),
-    "cfm": (*FLOW, *DENSITY, "cfm_steps", "cfm_timesteps", "sigma_min"),
-    "rf1": (*FLOW, *DENSITY, "init", "rf1_lr", "rf1_steps", "rf1_timesteps", "pairing", "knn_draws", "c2ot_weight"),
-    "rf2": (*FLOW, *DENSITY, *REFLOW, "couplings", "coupling_steps", "guidance", "rf2_steps", "rf2_timesteps", "pairing_reflow"),
+    "cfm": (*FLOW, "cfm_steps", "cfm_timesteps", "sigma_min"),
+    "rf1": (*FLOW, "init", "rf1_lr", "rf1_steps", "rf1_timesteps", "pairing", "knn_draws", "c2ot_weight"),
+    "rf2": (*FLOW, *REFLOW, "couplings", "coupling_steps", "guidance", "rf2_steps", "rf2_timesteps", "pairing_reflow"),
     "distill": (*COMMON, *REFLOW, "distill_couplings", "distill_coupling_steps", "distill_guidance", "batch_size", "lr", "distill_steps")}
+
+
+def own_settings(flags: "Flags", stage: str) -> dict:
+    names = (*SETTINGS[stage], *DENSITY.get(getattr(flags, f"{stage}_timesteps", ""), ()))
+    return {name: getattr(flags, name) for name in names}
 
 
 @dataclass
@@ -83,8 +88,7 @@ class Run:
         if before and not self.weights(before).exists():
             raise InputError(f"stage {stage} starts from stage {before}, which is not trained yet in {self.flags.out}: "
                              f"leave --stage out, or give --stage {before} first")
-        own = {name: getattr(self.flags, name) for name in SETTINGS[stage]}
-        return {**own, "data": self.data.key, **({"from": digest(self.weights(before))} if before else {})}
+        return {**own_settings(self.flags, stage), "data": self.data.key, **({"from": digest(self.weights(before))} if before else {})}
 
     def is_done(self, stage: str) -> bool:
         """Whether the stage is trained with these settings; refuses to overwrite one with others, unless it was asked for."""
