@@ -34,7 +34,7 @@ import math
 import os
 import warnings
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -944,7 +944,7 @@ class FlashAudio(nn.Module):
             held = json.loads((folder / "config.json").read_text())
             config = FlashAudioConfig.from_dict(held)
             with torch.device("meta"):                  # sizes without memory: a config.json may say anything
-                size = 4 * sum(p.numel() for p in cls(config).parameters())
+                size = 4 * sum(p.numel() for p in cls(replace(config, text=TextConfig("none"))).parameters())
             if size > 2 * (folder / "model.safetensors").stat().st_size + 2 ** 20:
                 raise ValueError(f"config.json describes {size} bytes of weights, model.safetensors holds fewer")
             load_model(model := cls(config), folder / "model.safetensors")

@@ -1350,6 +1350,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(trained, tmp_path, monkeypatch,
     assert (tmp_path / "out/cfm/model.safetensors").read_bytes() == before
 
 
+def test_an_exploding_gradient_is_named(trained, tmp_path, monkeypatch, capsys):
+    import train
+    norms = iter([1.0] * 29 + [500.0])
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args, **more: torch.tensor(next(norms)))
+    assert train.command(train.parse_flags(["--data", str(trained / "clips/manifest.csv"), "--out", str(tmp_path / "out"), "--stage", "vae",
+                                            "--vae_steps", "30", "--vae_batch_size", "2"])) == 0
+    assert "the gradient exploded at step 30: norm 500, usually 1; it is clipped" in capsys.readouterr().out
+
+
 def test_odd_clips_are_used_and_bad_ones_are_counted(tmp_path):
     from data.manifest import Data
     write_clips(tmp_path, 12)
