@@ -159,7 +159,7 @@ def mel_spectrogram(wav: Tensor) -> Tensor:
 @lru_cache(maxsize=4)
 def mel_inverse(device: str = "cpu") -> Tensor:
     """Pseudo-inverse of the mel filters -> (513, 80)."""
-    return torch.linalg.pinv(mel_basis(device))
+    return torch.linalg.pinv(mel_basis()).to(device)
 
 
 def mel_to_magnitude(mel: Tensor) -> Tensor:
@@ -729,7 +729,7 @@ def anchored_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, 
     z, null, dt, trajectory = z0, null.clone(), 1 / steps, [z0]
     for i in range(steps):
         t = torch.full((len(z),), i * dt, device=z.device)
-        v_cond, v_null = model(z, t, context), torch.empty_like(z)
+        v_cond, v_null = model(z, t, context).clone(), torch.empty_like(z)
         optimizer = torch.optim.Adam([null.requires_grad_(True)], lr=lr * (1 - i * dt / 2))
         busy = torch.arange(len(z), device=z.device)    # samples whose ∅ is still being optimised: the others leave the batch
         for iteration in range(anchor_steps + 1):
@@ -829,8 +829,8 @@ class FlashAudio(nn.Module):
 
     def latent_shape(self, seconds: float | None = None) -> tuple[int, int]:
         """(C, L) of a clip of `seconds`, by default the length that the model was trained on."""
-        frames = self.config.frames if seconds is None else seconds * SAMPLE_RATE / HOP
-        length = max(1, round(frames / self.stride))
+        seconds = self.config.frames * HOP / SAMPLE_RATE if seconds is None else seconds
+        length = max(1, round(seconds * SAMPLE_RATE / HOP / self.stride))
         if length > self.config.dit.max_len:
             longest = self.config.dit.max_len * self.stride * HOP / SAMPLE_RATE
             raise InputError(f"{seconds:g} s is too long: this model reaches {longest:g} s")
@@ -854,7 +854,7 @@ class FlashAudio(nn.Module):
     @torch.no_grad()
     def contexts(self, prompts: list[str]) -> Tensor:
         """Prompts -> context (B, N, D). A prompt is encoded once and remembered, until the text encoder changes."""
-        version = sum(p._version for p in self.text.parameters())
+        version = (str(self.device), self.scale_factor.dtype, sum(p._version for p in self.text.parameters()))
         if version != self.remembered.get(0) or len(self.remembered) > 1000:
             self.remembered = {0: version}
         new = [p for p in dict.fromkeys(prompts) if p not in self.remembered]
@@ -865,7 +865,8 @@ class FlashAudio(nn.Module):
         """Compile backbone and VAE decoder; CUDA graphs where there is CUDA. The first batch of each size then takes a minute."""
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         self.dit.compile(mode=mode, dynamic=False)
-        self.vae.decode = torch.compile(self.vae.decode, mode=mode, dynamic=False)
+        decode = torch.compile(self.vae.decode, mode=mode, dynamic=False)
+        self.vae.decode = lambda z: decode(z).clone()       # a CUDA graph writes over what it returned before
         return self
 
     @torch.no_grad()
@@ -880,8 +881,7 @@ class FlashAudio(nn.Module):
             null = self.contexts([""]).expand(len(context), -1, -1) if guidance != 1.0 else None
             if z0 is None:
                 names = [""] * len(context) if isinstance(prompts, Tensor) else prompts
-                seed = int.from_bytes(os.urandom(4)) >> 1 if seed is None else seed
-                z0 = self.noise(names, seed, self.latent_shape(seconds))
+                z0 = self.noise(names, int.from_bytes(os.urandom(4)) >> 1 if seed is None else seed, self.latent_shape(seconds))
             return euler_sample(self.dit, z0.to(self.device), context, null, steps, guidance, return_trajectory,
                                 self.config.integer_time)
 

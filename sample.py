@@ -78,6 +78,9 @@ def check(flags: argparse.Namespace) -> list[str]:
         raise InputError("--preset goes with --bench: an untrained model makes noise")
     if not prompts and not flags.bench:
         raise InputError('there is nothing to make: give a prompt, such as "a bell followed by rain"')
+    for prompt in prompts:
+        if not prompt.isprintable() or prompt.encode(errors="replace").decode() != prompt:
+            raise InputError(f"a prompt holds what is no text: {prompt!r}")
     for name in ("steps", "n", "batch_size"):
         if getattr(flags, name) is not None and getattr(flags, name) < 1:
             raise InputError(f"--{name} is {getattr(flags, name)}, must be at least 1")

@@ -118,7 +118,7 @@ import flashaudio as fa
 from data import toy
 from data.ablate import ablate
 from data.bench import bench_training
-from data.evaluate import evaluate, peak_memory
+from data.evaluate import evaluate, is_toy, peak_memory
 from data.listen import draw_losses, hear
 from data.manifest import Data, bar, batch_indices, blocks, cached, digest, processes, wait_for_all
 from data.run import (REFLOW, STAGES, Objective, Run, batches, join_processes, lock, mean_over_processes, save, shared_out, stop,
@@ -152,6 +152,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw, l
         print(f"{stage}: continuing at step {start} of {steps}")
     objective = shared_out(Objective(model, loss_of), run.device)
     if flags.compile == "on" or flags.compile == "auto" and run.device.type == "cuda":
+        torch._dynamo.config.suppress_errors = flags.compile == "auto"          # no compiler here: run as it is
         model.dit.compile()
 
     def save_state(step: int) -> None:
@@ -164,6 +165,8 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw, l
 
     began = saved = time.time()
     smooth = usual = None
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
     with stop, open(Path(flags.out) / "metrics.jsonl" if rank == 0 else os.devnull, "a", buffering=1) as metrics:
         progress = bar(batches(run, range(start, steps), draw), stage, initial=start, total=steps, unit="step")
         for step, batch in progress:
@@ -179,7 +182,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw, l
                         share = objective(*part) * (len(part[0]) / len(batch[0]))
                     share.backward()
                 loss += share.detach()
-            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), flags.grad_clip, foreach=True)
+            norm = torch.nn.utils.clip_grad_norm_(parameters.values(), flags.grad_clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             decay = min(flags.ema, (step + 1) / (step + 10))                   # short memory at first
@@ -200,8 +203,9 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw, l
                 if time.time() - saved > flags.save_every and step + 1 < steps:
                     save_state(step + 1)
                     saved = time.time()
-            if stop.asked:
-                save_state(step + 1)
+            if stop.agreed(step, run.device):
+                if math.isfinite(loss.item() + norm.item()):
+                    save_state(step + 1)
                 raise KeyboardInterrupt
     save_state(steps)
     model.load_state_dict(average, strict=False)
@@ -243,7 +247,7 @@ def train_vae(run: Run) -> None:
     with torch.no_grad():
         model.vae.encoder.conv_in.bias -= model.vae.encoder.conv_in.weight.sum(2) @ mean
         model.vae.decoder.conv_out.bias.copy_(mean)
-    frames = min(flags.vae_frames, model.config.frames)
+    frames = max(1, min(flags.vae_frames, model.config.frames) // model.stride) * model.stride
 
     def draw(step: int) -> list[Tensor]:
         generator, rows = run.generator("vae", step), clips[batch_indices(len(clips), flags.vae_batch_size, step, flags.seed)]
@@ -274,6 +278,8 @@ def pair_noise(flags: Flags, z1: Tensor, z0: Tensor, context: Tensor | None, gen
 
 def import_checkpoint(run: Run) -> None:
     """In place of stages vae and cfm: the public model that the paper starts from (§3.2)."""
+    if processes()[0]:
+        return
     flags = run.flags
     model = FlashAudio.from_make_an_audio(run.public, None if flags.text == "bytes" else tuple(flags.text.split(",")))
     model.save_pretrained(run.folder("cfm"), stage="cfm", settings=run.settings("cfm"), flags=asdict(flags), versions=versions(), seconds=0.0)
@@ -367,23 +373,29 @@ RUN_STAGE = {"vae": train_vae, "cfm": partial(train_flow, stage="cfm"), "rf1": p
 
 
 def main(flags: Flags) -> None:
-    device = join_processes(fa.find_device(flags.device), flags.batch_size)
+    device = join_processes(fa.find_device(flags.device), flags)
     torch.set_float32_matmul_precision("high")
     if flags.bench:
         return print(json.dumps(bench_training(flags, device)))
     out = Path(flags.out)
     if processes()[0] == 0:
         out.mkdir(parents=True, exist_ok=True)
-        held = lock(out)                            # until the process ends
-        if flags.data == "toy":
-            toy.write_toy_set(out / "data")
+    with lock(out) if processes()[0] == 0 else nullcontext():
+        run_stages(flags, device, out)
+
+
+def run_stages(flags: Flags, device: torch.device, out: Path) -> None:
+    if flags.data == "toy" and processes()[0] == 0:
+        toy.write_toy_set(out / "data")
     wait_for_all()
     manifest = out / "data" / "manifest.csv" if flags.data == "toy" else Path(flags.data)
     run = Run(flags, Data(manifest, out / "cache", fa.PRESETS[flags.preset].frames), device)
     if flags.ablate:
         return ablate(sys.modules[__name__], flags, run.data, device)
     fa.load_vocoder(flags.vocoder)                  # what stage eval will need, asked for before the work and not after it
-    if flags.clap and "scene" not in run.data.rows[0]:
+    if flags.stage in ("all", "eval") and len(run.data.held_out(2)) < 2:
+        raise InputError(f"{manifest}: stage eval compares at least 2 clips, and the split 'test' has fewer")
+    if flags.clap and not is_toy(run.data):
         for name in filter(None, (flags.clap, flags.ast)):
             fa.hub_model(AutoConfig, name)
     for stage in (STAGES[1:] if run.public else STAGES) if flags.stage == "all" else (flags.stage,):

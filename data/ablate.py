@@ -19,7 +19,7 @@ from scipy import stats
 
 import flashaudio as fa
 from data import toy
-from data.evaluate import ToyJudge
+from data.evaluate import ToyJudge, is_toy
 from data.figures import draw_figures
 from data.manifest import bar, digest
 from data.run import STAGES, Run, own_settings
@@ -61,7 +61,7 @@ class Judge:
 
     def __init__(self, data, clips: int):
         rows = data.held_out(clips)
-        if "scene" not in data.rows[0]:
+        if not is_toy(data):
             raise InputError("--ablate needs the toy set: its judge is what tells the rows apart")
         self.captions = [data.captions[i] for i in rows]
         self.toy = ToyJudge(data, rows, torch.stack([fa.load_audio(data.rows[i]["audio_path"], toy.SAMPLES) for i in rows]))
@@ -112,13 +112,14 @@ def measure_couplings(run, judge: Judge, z0: torch.Tensor) -> dict:
     began = time.time()
     for i in range(0, len(z0), 64):
         c, null = contexts(model, judge.captions, i)
-        path = fa.make_couplings(model.dit, z0[i:i + 64], c, null, flags.coupling_steps, flags.guidance, flags.anchor_steps,
-                                 flags.rectify, lr=flags.anchor_lr, tolerance=flags.anchor_tol, return_trajectory=True)
+        with run.autocast():
+            path = fa.make_couplings(model.dit, z0[i:i + 64], c, null, flags.coupling_steps, flags.guidance, flags.anchor_steps,
+                                     flags.rectify, lr=flags.anchor_lr, tolerance=flags.anchor_tol, return_trajectory=True)
         anchor = fa.euler_sample(model.dit, z0[i:i + 64], c, steps=flags.coupling_steps)
         ends.append(path[-1])
         residual.append((path[-1] - anchor).pow(2).mean().item())
         for k, v in enumerate(path.diff(dim=0) * flags.coupling_steps):         # |v_used - v_c| / |v_c - v_∅|
-            t = torch.full((len(c),), k / flags.coupling_steps)
+            t = torch.full((len(c),), k / flags.coupling_steps, device=c.device)
             with torch.no_grad():
                 cond, uncond = model.dit(path[k], t, c), model.dit(path[k], t, null)
             effective.append(((v - cond).norm() / (cond - uncond).norm()).item())
@@ -135,7 +136,7 @@ def measure_pairing(train, run, model, judge: Judge, z0: torch.Tensor) -> dict:
     for _ in range(2000):
         rows = data.train[torch.randperm(len(data.train), generator=generator)[:flags.batch_size].numpy()]
         z1, plain = scale * torch.from_numpy(latents[rows, 0]), torch.randn(len(rows), *z0.shape[1:], generator=generator)
-        paired = train.pair_noise(flags, z1, plain, model.text([data.captions[i] for i in rows]) if flags.pairing == 'c2ot' else None, generator)
+        paired = train.pair_noise(flags, z1, plain, model.text([data.captions[i] for i in rows]).cpu() if flags.pairing == 'c2ot' else None, generator)
         before.append((z1 - plain).flatten(1).norm(dim=1).mean().item())
         after.append((z1 - paired).flatten(1).norm(dim=1).mean().item())
         fixed.append((paired == plain).flatten(1).all(1).float().mean().item())
@@ -147,7 +148,7 @@ def measure_pairing(train, run, model, judge: Judge, z0: torch.Tensor) -> dict:
         c, null = contexts(model, judge.captions, i)
         path = model.sample_latents(c, 10, z0=z0[i:i + 64], return_trajectory=True)
         for k in (1, 3, 5, 7, 9):
-            t = torch.full((len(c),), k / 10)
+            t = torch.full((len(c),), k / 10, device=c.device)
             with torch.no_grad():
                 gaps.append((model.dit(path[k], t, c) - model.dit(path[k], t, null)).pow(2).mean().item())
     return {"distance saved": 100 * (1 - np.mean(after) / np.mean(before)), "fixed": float(np.mean(fixed)),

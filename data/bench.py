@@ -18,7 +18,7 @@ from data.run import Objective, Run, batches
 from flashaudio import FlashAudio
 
 # Dense bf16 FLOP/s with float32 sums, from the data sheets. The first name that stands in the device's counts
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
          "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
@@ -27,8 +27,10 @@ def device_name(device: torch.device) -> str:
 
 
 def synchronise(device: torch.device) -> None:
-    if device.type in ("cuda", "mps"):
-        getattr(torch, device.type).synchronize()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
 
 
 def milliseconds(f, device: torch.device, seconds: float = 2.0) -> float:
@@ -61,11 +63,12 @@ def bench_sampling(model: FlashAudio, name: str, vocoder, steps: int, sizes: lis
         torch.cuda.reset_peak_memory_stats(device)
     for size in sizes:
         prompts = [f"a bell followed by rain, {i}" for i in range(size)]
+        z0 = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0)).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             context, null = model.contexts(prompts), model.contexts([""]).expand(size, -1, -1)
-            z0 = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-            mel = model.decode(z0)
-            text, vae, wave = (milliseconds(f, device) for f in (lambda: model.text(prompts), lambda: model.decode(z0), lambda: vocoder(mel)))
+            text = milliseconds(lambda: model.text(prompts), device)
+        mel = model.decode(z0)
+        vae, wave = (milliseconds(f, device) for f in (lambda: model.decode(z0), lambda: vocoder(mel)))
         for guidance in (1.0, 3.0):
             def backbone():
                 with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -104,7 +107,7 @@ def bench_training(flags, device: torch.device) -> dict:
             loss.backward()
 
     def optimise() -> None:
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         torch._foreach_lerp_(average, [p.detach() for p in parameters], 0.005)
 

@@ -45,13 +45,14 @@ def loss_by_t(path: Path, run, captions: list[str], latents: torch.Tensor) -> No
     generator = torch.Generator().manual_seed(0)
     for stage in ("cfm", "rf1", "rf2"):
         model = run.load(stage)
-        c, z0, z1 = model.text(captions), torch.randn(latents.shape, generator=generator), latents
+        c, z0, z1 = model.text(captions), torch.randn(latents.shape, generator=generator).to(latents), latents
         if stage == "rf2":
             null = model.text([""]).expand(len(c), -1, -1)
-            z1 = fa.make_couplings(run.load("rf1").dit, z0, c, null, run.flags.coupling_steps, run.flags.guidance, 0)
+            f = run.flags
+            z1 = fa.make_couplings(run.load("rf1").dit, z0, c, null, f.coupling_steps, f.guidance, f.anchor_steps, f.rectify, f.anchor_lr, f.anchor_tol)
         bins = []
         for i in range(10):
-            t = (i + torch.rand(len(c), generator=generator)) / 10
+            t = ((i + torch.rand(len(c), generator=generator)) / 10).to(c)
             bins.append(fa.rectified_flow_loss(model.dit, z1, z0, t, c).item())
         axes.plot(np.arange(10) / 10 + 0.05, bins, "o-", label=NAMES[stage])
     axes.set(title="loss by t, held-out captions", xlabel="t: noise 0, data 1", ylabel="squared error of v", yscale="log")
@@ -69,7 +70,7 @@ def trajectories(path: Path, run, captions: list[str]) -> None:
         way = model.sample_latents(captions, 24, seed=0, return_trajectory=True).flatten(2)             # (25, N, C L)
         if basis is None:
             basis = torch.pca_lowrank(way[-1] - way[0], 2)[2]                                           # (C L, 2)
-        flat = (way @ basis).numpy()
+        flat = (way @ basis).cpu().numpy()
         axes.plot(flat[:, :24, 0], flat[:, :24, 1], lw=1)
         axes.scatter(*flat[0, :24].T, s=8, color="gray", zorder=3)
         axes.set(title=f"{NAMES[stage]}: S(Z) {fa.straightness(way):.1f}, relative {fa.straightness(way, relative=True):.3f}",
@@ -119,7 +120,7 @@ def mel_grid(path: Path, run, caption: str, real: torch.Tensor) -> None:
             if stage == "distill" and steps > 1:
                 axes.set_axis_off()
                 continue
-            axes.imshow(model.decode(model.sample_latents([caption], steps, seed=0))[0].numpy(), **shown)
+            axes.imshow(model.decode(model.sample_latents([caption], steps, seed=0))[0].cpu().numpy(), **shown)
             axes.set_title(f"{NAMES[stage]}, {steps} step{'s' * (steps > 1)}", fontsize=8)
         line[3].set_axis_off()
     grid[0, 3].set_axis_on()
@@ -137,7 +138,7 @@ def draw_figures(folder: Path, run, judge, tables: dict) -> None:
     rows = run.data.held_out(len(judge.captions))
     model = run.load("vae")
     with torch.no_grad():
-        latents = model.scale_factor * model.vae.encode(torch.tensor(run.data.mels[rows]))[0]
+        latents = model.scale_factor * model.vae.encode(torch.tensor(run.data.mels[rows], device=run.device))[0]
     timestep_densities(folder / "timesteps.png")
     loss_by_t(folder / "loss_by_t.png", run, judge.captions, latents)
     trajectories(folder / "trajectories.png", run, judge.captions)

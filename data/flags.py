@@ -7,7 +7,7 @@ import math
 from dataclasses import field, fields
 
 # The least and the most of each number; for the others, a whole number is at least 1 and any other at least 0
-LIMITS = {"seed": (0, 2**31), "bench": (0, 10**6), "anchor_steps": (0, 10_000), "eval_clips": (2, math.inf), "ema": (0, 1), "lr_end": (0, 1),
+LIMITS = {"seed": (0, 2**31), "bench": (0, 10**6), "mix_exp_a": (0, 80), "anchor_steps": (0, 10_000), "eval_clips": (2, math.inf), "ema": (0, 1), "lr_end": (0, 1),
           "caption_dropout": (0, 1), "sigma_min": (0, 1), "logit_mean": (-math.inf, math.inf)}
 
 

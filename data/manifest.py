@@ -9,6 +9,7 @@ import json
 import math
 import mmap
 import os
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Callable
@@ -53,9 +54,9 @@ def bar(iterable, text: str, **more) -> tqdm:
 def blocks(array: np.ndarray, size: int, text: str):
     """Starts of the blocks of `size` rows of a memory-mapped array that this process computes."""
     rank, world = processes()
-    for i in bar(range(rank * size, len(array), world * size), text, unit="batch"):
+    for n, i in enumerate(bar(range(rank * size, len(array), world * size), text, unit="batch")):
         yield i
-        if i // size % 64 == 63:
+        if n % 64 == 63:
             to_disk(array)
 
 
@@ -216,7 +217,7 @@ class Data:
             for i in blocks(array, 64, "contexts"):
                 array[i:i + 64] = model.text(distinct[i:i + 64]).float().cpu().numpy()
 
-        shape, path = (len(distinct), *model.text([""]).shape[1:]), self.cache / f"contexts-{digest(distinct, source)}.npy"
+        shape, path = (len(distinct), *model.text([""]).shape[1:]), self.cache / f"contexts-{digest(distinct, source, asdict(model.config.text))}.npy"
         dtype = np.float32 if model.text.trained else np.float16                # those of large encoders take gigabytes
         if not path.exists():
             print(f"contexts of {len(distinct)} captions: {math.prod(shape) * np.dtype(dtype).itemsize / 2 ** 20:.0f} MiB in {path}")

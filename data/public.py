@@ -95,6 +95,8 @@ def make_an_audio_config(state: dict[str, Tensor], tokenizers: tuple[str, ...] |
     width, in_channels = dit["proj_in.weight"].shape
     music = "transformer.shared.weight" in text
     tokenizers = tokenizers or (("google/flan-t5-large",) if music else ("bert-base-uncased", "google/t5-v1_1-large"))
+    if text and len(tokenizers) != (1 if music else 2):
+        raise InputError(f"this checkpoint's text stage takes {'one tokenizer, T5' if music else 'two tokenizers, BERT,T5'}, not {','.join(tokenizers)}")
     return FlashAudioConfig(
         VAEConfig(mel_bins, channels, tuple(len(vae[f"encoder.down.{i}.block.0.conv1.weight"]) // channels for i in levels),
                   count(vae, "encoder.down.0.block."), kernel, vae["decoder.conv_in.weight"].shape[1],

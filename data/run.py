@@ -26,7 +26,7 @@ STAGES = ("vae", "cfm", "rf1", "rf2", "distill", "eval")
 # What a stage's weights depend on, besides the stage before it. A folder trained with other settings is never overwritten
 # unless its stage is named.
 COMMON = ("preset", "seed", "warmup", "lr_end", "ema", "grad_clip")
-FLOW = (*COMMON, "batch_size", "lr", "caption_dropout")
+FLOW = (*COMMON, "text", "batch_size", "lr", "caption_dropout")
 REFLOW = ("rectify", "anchor_steps", "anchor_lr", "anchor_tol")
 DENSITY = {"logit_normal": ("logit_mean", "logit_std"), "mix_exp": ("mix_exp_a",)}     # of the timesteps that a stage draws
 SETTINGS = {
@@ -117,15 +117,20 @@ def versions() -> dict:
     return {"flashaudio": revision or "unknown", "python": platform.python_version(), **packages}
 
 
-def join_processes(device: torch.device, batch_size: int) -> torch.device:
+def join_processes(device: torch.device, flags: "Flags") -> torch.device:
     """Under torchrun: meet the other processes, and take the GPU of this one -> its device. They split each batch."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return device
-    if batch_size % world:
-        raise InputError(f"--batch_size {batch_size} cannot be split over {world} processes")
+    for name in ("batch_size", "vae_batch_size"):
+        if getattr(flags, name) % world:
+            raise InputError(f"--{name} {getattr(flags, name)} cannot be split over {world} processes")
+    if flags.ablate or flags.bench:
+        raise InputError(f"--ablate and --bench run in one process, not in {world}")
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"more processes than GPUs: {torch.cuda.device_count()} here")
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     if processes()[0]:
@@ -166,7 +171,7 @@ def batches(run: Run, steps: range, draw, beside: bool | None = None):
 
     def prepare(step: int) -> list[Tensor]:
         with torch.no_grad(), torch.cuda.stream(aside) if cuda else nullcontext():
-            batch = [(x.pin_memory() if cuda and x.device.type == "cpu" else x).to(run.device, non_blocking=True) for x in draw(step)]
+            batch = [(x.pin_memory() if cuda and x.device.type == "cpu" else x).to(run.device, non_blocking=cuda) for x in draw(step)]
             if cuda:
                 aside.synchronize()
         return batch
@@ -196,11 +201,11 @@ def save(path: Path, state: dict) -> None:
 
 
 def lock(folder: Path):
-    """The folder for this process alone, until it ends, however it ends; keep what is returned. Raises InputError if it is taken."""
+    """`with lock(folder):` has the folder for itself, until the process ends if it is killed. Raises InputError if it is taken."""
     try:
         import fcntl
     except ImportError:                             # Windows
-        return None
+        return nullcontext()
     file = open(folder / ".lock", "a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,6 +226,12 @@ class Stop:
 
     def __init__(self):
         self.asked, self.patient = 0, False
+
+    def agreed(self, step: int, device: torch.device) -> bool:
+        """Whether to stop after this step; of several processes all or none, which they ask each other every tenth."""
+        if processes()[1] == 1:
+            return self.asked > 0
+        return step % 10 == 9 and mean_over_processes(torch.tensor(float(self.asked > 0), device=device)).item() > 0
 
     def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
