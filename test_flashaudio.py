@@ -363,6 +363,7 @@ def test_a_prompt_is_encoded_once_until_the_encoder_changes(monkeypatch):
     with torch.no_grad():
         model.text.pieces.weight.add_(1.0)
     assert not torch.equal(model.contexts(["rain"])[0], one[0]) and len(seen) == 3
+    assert model.double().contexts(["rain"]).dtype == torch.float64                         # and follows the model
 
 
 def test_a_compiled_model_gives_the_same_samples(monkeypatch):
@@ -1188,7 +1189,7 @@ BAD_TRAIN = {                                       # what is typed, and what th
     "--lr -1": "at least 0", "--lr nan": "at least 0", "--lr inf": "at least 0", "--batch_size 0": "at least 1",
     "--cfm_steps -5": "at least 1", "--ema 1.5": "from 0 to 1", "--caption_dropout 2": "from 0 to 1", "--seed -1": "from 0 to",
     "--couplings 0": "at least 1", "--coupling_steps 0": "at least 1", "--anchor_steps -1": "from 0 to", "--eval_clips 1": "at least 2",
-    "--mix_exp_a 0": "above 0", "--sigma_min 2": "from 0 to 1", "--lr_end -0.1": "from 0 to 1", "--warmup 0": "at least 1",
+    "--mix_exp_a 0": "above 0", "--mix_exp_a 100": "from 0 to 80", "--data onetest.csv": "at least 2 clips", "--sigma_min 2": "from 0 to 1", "--lr_end -0.1": "from 0 to 1", "--warmup 0": "at least 1",
     "--grad_accum 17": "leaves no clip", "--ast somewhere": "--ast needs --clap", "--init public.ckpt --stage vae": "nothing to train",
     "--init public.ckpt --preset toy": "leave --preset out", "--ablate --stage rf1": "--ablate trains every stage", "--ablate long": "'full', 'short'",
     "--pairing best": "'immiscible', 'none', 'knn', 'c2ot'", "--pairing_reflow on": "'off', 'before', 'literal'",
@@ -1205,7 +1206,7 @@ BAD_SAMPLE = {
     "rain --steps 0": "at least 1", "rain --steps one": "invalid int", "rain --n 0": "at least 1", "rain --batch_size 0": "at least 1",
     "rain --seconds 0": "above 0", "rain --seconds nan": "above 0", "rain --guidance nan": "no strength", "rain --seed -1": "from 0 to",
     "rain --model whole --seconds 900": "too long", "rain --model whole --vocoder wavenet": "griffin-lim, hifigan",
-    "rain --model whole --device abacus": "cpu, cuda", "rain --model whole --out column.csv": "column.csv", "rain --cfg 3": "unrecognized arguments",
+    "rain --model whole --device abacus": "cpu, cuda", "rain --model whole --out column.csv": "column.csv", "rain --cfg 3": "unrecognized arguments", "ra\x07in": "no text",
     "--bench 0": "batch sizes", "--bench many": "batch sizes", "rain --preset toy": "goes with --bench", "--bench --preset huge": "'toy', 'small'"}
 
 
@@ -1216,7 +1217,7 @@ def corner(tmp_path_factory) -> Path:
     write_clips(folder / "good", 2)
     header, row = "audio_path,caption,split\n", "good/0.wav,a tone,\n"
     for name, text in {"column": "audio_path,text\ngood/0.wav,a tone\n", "empty": header, "bad": header + row + "gone.wav,a tone,\ngood/1.wav,,\n",
-                       "test": header + row.replace(",\n", ",test\n"), "silent": header + "silent.wav,nothing,\n",
+                       "test": header + row.replace(",\n", ",test\n"), "onetest": header + row + row.replace(",\n", ",test\n"), "silent": header + "silent.wav,nothing,\n",
                        "folder": header + "good,a tone,\n", "nul": header + "a\0b.wav,a tone,\n", "mp3": header + "a.mp3,a tone,\n",
                        "nan": header + "nan.wav,a tone,\n", "slow": header + "slow.wav,a tone,\n",
                        "huge": header + "good/0.wav," + "x" * 200_000 + ",\n"}.items():
