@@ -136,7 +136,8 @@ def measure_pairing(train, run, model, judge: Judge, z0: torch.Tensor) -> dict:
     for _ in range(2000):
         rows = data.train[torch.randperm(len(data.train), generator=generator)[:flags.batch_size].numpy()]
         z1, plain = scale * torch.from_numpy(latents[rows, 0]), torch.randn(len(rows), *z0.shape[1:], generator=generator)
-        paired = train.pair_noise(flags, z1, plain, model.text([data.captions[i] for i in rows]).cpu() if flags.pairing == 'c2ot' else None, generator)
+        context = model.text([data.captions[i] for i in rows]).cpu() if flags.pairing == "c2ot" else None
+        paired = train.pair_noise(flags, z1, plain, context, generator)
         before.append((z1 - plain).flatten(1).norm(dim=1).mean().item())
         after.append((z1 - paired).flatten(1).norm(dim=1).mean().item())
         fixed.append((paired == plain).flatten(1).all(1).float().mean().item())

@@ -23,6 +23,7 @@ import flashaudio as fa
 from data import toy
 from data.listen import save_clip, write_page
 from data.manifest import Data, bar
+from data.run import STAGES
 from flashaudio import (SAMPLE_RATE, FlashAudio, clap_score, frechet_distance, hub_model, kl_divergence, mel_spectrogram,
                         write_atomically)
 
@@ -111,7 +112,6 @@ def pooled(output) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-STAGES = ("vae", "cfm", "rf1", "rf2", "distill")
 SHOWN = 8   # captions on the listening page
 NAMES = {"cfm": "CFM", "rf1": "1-RF", "rf2": "2-RF", "distill": "distilled"}
 STORY = ("Captions that were held out: the real clip, then what each model makes of the caption, from the same noise. CFM needs many steps. "
@@ -133,7 +133,7 @@ def print_table(results: dict) -> None:
 def model_card(notes: dict, results: dict) -> str:
     """README.md of a model: what it is, what it was trained on and how long, and the table of its run."""
     stage, flags = notes["stage"], notes["flags"]
-    steps = {s: flags[f"{s}_steps"] for s in STAGES}
+    steps = {s: flags[f"{s}_steps"] for s in STAGES[:-1]}
     rows = "\n".join("| " + " | ".join(cells(row)) + " |" for row in results["rows"])
     return f"""---
 library_name: flashaudio
@@ -218,7 +218,7 @@ def evaluate(run: "Run") -> None:
     add("real", real)
     mels = torch.tensor(data.mels[rows], device=run.device)
     add("vae", torch.cat([vocoder(model.vae.decode(model.vae.encode(m)[0])).cpu() for m in mels.split(8)]))
-    for stage in STAGES[1:]:
+    for stage in STAGES[1:-1]:
         model = run.load(stage)
         for guidance in (1.0, 3.0) if stage == "cfm" else (1.0,):
             wav24, straight, elapsed24 = simulate(model, 24, guidance, listen=stage != "distill")
@@ -227,14 +227,14 @@ def evaluate(run: "Run") -> None:
                 add(stage, wav, steps, guidance, straight, elapsed)
             if stage != "distill":
                 add(stage, wav24, 24, guidance, straight, elapsed24)
-    spent = [json.loads((run.folder(s) / "config.json").read_text())["seconds"] for s in STAGES]
+    spent = [json.loads((run.folder(s) / "config.json").read_text())["seconds"] for s in STAGES[:-1]]
     chip = (torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else
             f"{platform.processor() or platform.machine()} {run.device.type}, {torch.get_num_threads()} threads")
     hardware = f"{chip}, torch {torch.__version__}"
     results = {"rows": table, "config": asdict(flags), "seed": flags.seed, "hardware": hardware,
                "seconds": round(sum(spent) + time.time() - began, 1)}
     write_atomically(Path(flags.out) / "results.json", json.dumps(results, indent=2).encode())
-    for stage in STAGES[1:] if run.public else STAGES:
+    for stage in STAGES[1:-1] if run.public else STAGES[:-1]:
         notes = json.loads((run.folder(stage) / "config.json").read_text())
         write_atomically(run.folder(stage) / "README.md", model_card(notes, results).encode())
     page = write_page(Path(flags.out) / "listen", f"flashaudio: {Path(flags.out).name}", STORY, shown, seconds)

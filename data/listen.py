@@ -77,13 +77,15 @@ def file_names(texts: list[str]) -> dict[str, str]:
 def hear(run, stage: str, model) -> None:
     """The same two captions after every stage, in <out>/<stage>: stage vae gives back the recordings, the others make new ones."""
     rows = run.data.held_out(2)
+    captions = [run.data.captions[i] for i in rows]
+    names = file_names(captions)
     if stage == "vae":
         mels = model.vae.decode(model.vae.encode(torch.tensor(run.data.mels[rows], device=run.device))[0])
         wavs = model.vocoder(mels.detach()).cpu()
     else:
-        wavs = model.generate([run.data.captions[i] for i in rows], 1 if stage == "distill" else 24, seed=0).cpu()
-    for i, wav in zip(rows, wavs):
-        save_clip(run.folder(stage) / f"{file_names([run.data.captions[i]])[run.data.captions[i]]}.wav", wav)
+        wavs = model.generate(captions, 1 if stage == "distill" else 24, seed=0).cpu()
+    for caption, wav in zip(captions, wavs):
+        save_clip(run.folder(stage) / f"{names[caption]}.wav", wav)
 
 
 def draw_losses(out: Path) -> None:
