@@ -830,6 +830,14 @@ def test_train_runs_every_stage(trained):
         FlashAudio.from_pretrained(trained / "out" / stage)
 
 
+def test_results_hold_the_flags_that_the_models_were_trained_with(trained, tmp_path):
+    shutil.copytree(trained / "out", tmp_path / "out")
+    done = run("train.py", "--data", trained / "clips/manifest.csv", "--out", tmp_path / "out", "--stage", "eval", "--eval_clips", 3)
+    assert done.returncode == 0, done.stderr
+    config = json.loads((tmp_path / "out/results.json").read_text())["config"]
+    assert (config["cfm_steps"], config["couplings"], config["eval_clips"], config["stage"]) == (4, 6, 3, "eval")
+
+
 def test_timesteps_follow_the_flags():
     import train
     flags = train.Flags(rf1_timesteps="mix_exp", mix_exp_a=2.0, rf2_timesteps="uniform", cfm_timesteps="logit_normal", logit_mean=0.5)
@@ -861,6 +869,32 @@ def test_the_three_readings_of_pairing_in_reflow(trained, tmp_path, monkeypatch)
     latents = model.scale_factor.item() * np.load(next((trained / "out/cache").glob("latents-*.npy")))[:, 0]
     far = lambda reading: np.linalg.norm((pairs[reading][:, 0] - latents).reshape(6, -1), axis=1).sum()
     assert far("before") < far("off")
+
+
+def test_switches_reach_what_they_name(trained, tmp_path, monkeypatch):
+    data, couplings, sigmas, loss = ("--data", trained / "clips/manifest.csv"), [], [], fa.rectified_flow_loss
+    monkeypatch.setattr(fa, "make_couplings", lambda model, z0, c, null, *how, **more: couplings.append((len(z0), *how, more)) or z0)
+    monkeypatch.setattr(fa, "rectified_flow_loss", lambda *inputs: sigmas.append(inputs[5] if len(inputs) > 5 else 0.0) or loss(*inputs))
+    shutil.copytree(trained / "out", tmp_path / "out")
+    in_process(*data, "--out", tmp_path / "out", *QUICK, "--stage", "rf2", "--couplings", 5, "--coupling_steps", 3, "--guidance", 2.5,
+               "--anchor_steps", 7, "--rectify", "cfg_zero", "--anchor_lr", 0.02, "--anchor_tol", 1e-3)
+    assert couplings == [(5, 3, 2.5, 7, "cfg_zero", {"lr": 0.02, "tolerance": 1e-3})]
+    for stage, sigma in (("cfm", 0.25), ("rf1", 0.0)):
+        sigmas.clear()
+        in_process(*data, "--out", tmp_path / "out", *QUICK, "--sigma_min", 0.25, "--stage", stage)
+        assert set(sigmas) == {sigma}
+
+
+@pytest.mark.parametrize("ema, kept", [(0.0, 0.0), (0.05, 0.05), (0.995, 0.1)])     # the memory is short at first: 1/10 after one step
+def test_the_saved_weights_are_their_average(trained, tmp_path, ema, kept):
+    from data.public import read_checkpoint
+    shutil.copytree(trained / "out/vae", tmp_path / "out/vae")
+    in_process("--data", trained / "clips/manifest.csv", "--out", tmp_path / "out", *QUICK, "--stage", "cfm", "--cfm_steps", 1, "--ema", ema)
+    saved, before = (FlashAudio.from_pretrained(tmp_path / "out" / stage).state_dict() for stage in ("cfm", "vae"))
+    after = read_checkpoint(tmp_path / "out/cfm/train_state.pt")["weights"]
+    assert any(not torch.equal(before[n], after[n]) for n in after)
+    for name in after:
+        torch.testing.assert_close(saved[name], kept * before[name] + (1 - kept) * after[name])
 
 
 def test_rf1_may_start_anew_and_pair_in_other_ways(trained, tmp_path, monkeypatch):
@@ -1058,6 +1092,26 @@ def test_two_processes_train_like_one(trained, tmp_path):
     assert all(losses["two"][k] == pytest.approx(v, rel=1e-4) for k, v in losses["one"].items()), losses
     pairs = [np.load(next((tmp_path / name / "cache").glob("couplings_rf2*.npy"))) for name in losses]
     assert np.array_equal(pairs[0], pairs[1])       # five pairs are one block: who makes it does not matter
+
+
+def test_a_run_goes_on_with_another_number_of_processes(trained, tmp_path):
+    losses = {}
+    for name in ("whole", "changed"):
+        shutil.copytree(trained / "out", tmp_path / name)
+        metrics = tmp_path / name / "metrics.jsonl"
+        metrics.unlink()
+        command = ["train.py", "--data", trained / "clips/manifest.csv", "--out", tmp_path / name, *QUICK, "--cfm_steps", 300, "--stage", "cfm"]
+        if name == "changed":
+            two = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *map(str, command)],
+                                   cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            while two.poll() is None and not (metrics.exists() and metrics.read_text()):
+                time.sleep(0.01)
+            two.terminate()
+            two.wait()
+        done = run(*command, OMP_NUM_THREADS="1")
+        assert done.returncode == 0 and ("continuing at step" in done.stdout) == (name == "changed"), done.stdout + done.stderr
+        losses[name] = {h["step"]: h["loss"] for h in map(json.loads, metrics.read_text().splitlines())}
+    assert len(losses["whole"]) == 30 and losses["changed"] == pytest.approx(losses["whole"], rel=1e-2)
 
 
 def test_batches_prepared_beside_are_the_same(trained):

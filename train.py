@@ -286,6 +286,11 @@ def import_checkpoint(run: Run) -> None:
     print(f"cfm: {run.public} -> {run.folder('cfm')}")
 
 
+def floats(array: np.ndarray, rows: np.ndarray) -> Tensor:
+    """Rows of an array on disk, which may be of half precision -> (B, ...)."""
+    return torch.from_numpy(array[rows]).float()
+
+
 def train_flow(run: Run, stage: str) -> None:
     """Stages cfm and rf1: on latents of real clips, with the text encoder."""
     flags, model = run.flags, run.load("vae" if stage == "cfm" or run.flags.init == "none" else "cfm")
@@ -296,9 +301,6 @@ def train_flow(run: Run, stage: str) -> None:
     if model.text.trained:
         captions, null = model.text.tokenize(run.data.captions), model.text.tokenize([""])[0]
 
-    def context_of(rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(contexts[rows]).float()                         # (B, N, D)
-
     def draw(step: int) -> list[Tensor]:
         generator, rows = run.generator(stage, step), clips[batch_indices(len(clips), flags.batch_size, step, flags.seed)]
         noise = torch.randn(2, len(rows), *latents.shape[2:], generator=generator)
@@ -308,8 +310,8 @@ def train_flow(run: Run, stage: str) -> None:
         z1, z0 = (x.to(run.device) for x in (scale * (mean + std * noise[0]), noise[1]))
         if stage == "rf1":
             own = run.generator(stage, step, "pairing", processes()[0])
-            z0 = pair_noise(flags, z1, z0, context_of(place[rows]).to(run.device) if c2ot else None, own)
-        text = torch.where(kept[:, None], captions[rows], null) if model.text.trained else context_of(place[rows] * kept.numpy())
+            z0 = pair_noise(flags, z1, z0, floats(contexts, place[rows]).to(run.device) if c2ot else None, own)
+        text = torch.where(kept[:, None], captions[rows], null) if model.text.trained else floats(contexts, place[rows] * kept.numpy())
         return [z1, z0, t, text]
 
     def loss_of(z1: Tensor, z0: Tensor, t: Tensor, c: Tensor) -> Tensor:
@@ -328,9 +330,6 @@ def train_on_couplings(run: Run, stage: str) -> None:
     place = place[clips]
     shape = (len(clips), 2, *model.latent_shape())
 
-    def context_of(rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(contexts[rows]).float()                         # (B, N, D)
-
     def fill(array: np.ndarray) -> None:
         model.requires_grad_(False)
         for i in blocks(array, 64, "pairs"):
@@ -341,7 +340,7 @@ def train_on_couplings(run: Run, stage: str) -> None:
             if reading == "before":                 # near the latents of its captions
                 z0 = fa.immiscible_pairing(model.scale_factor.cpu() * torch.from_numpy(latents[clips[i:i + 64], 0]), z0)
             with run.autocast():
-                z1 = fa.make_couplings(model.dit, *(x.to(run.device) for x in (z0, context_of(rows), context_of(0 * rows))),
+                z1 = fa.make_couplings(model.dit, *(x.to(run.device) for x in (z0, floats(contexts, rows), floats(contexts, 0 * rows))),
                                        steps, guidance, flags.anchor_steps, flags.rectify,
                                        lr=flags.anchor_lr, tolerance=flags.anchor_tol)
             array[i:i + 64, 0], array[i:i + 64, 1] = z0, z1.cpu()
@@ -359,10 +358,10 @@ def train_on_couplings(run: Run, stage: str) -> None:
         rows, t, kept = run.share(rows, t, kept)
         z0, z1 = torch.from_numpy(pairs[rows]).to(run.device).unbind(1)         # (B, C, L)
         if stage == "distill":
-            return [z1, z0, context_of(place[rows])]
+            return [z1, z0, floats(contexts, place[rows])]
         if reading == "literal":                    # Algorithm 1 as printed: the noise of a coupling changes hands
             z0 = fa.immiscible_pairing(z1, z0)
-        return [z1, z0, t, context_of(place[rows] * kept.numpy())]
+        return [z1, z0, t, floats(contexts, place[rows] * kept.numpy())]
 
     loss = fa.distill_loss if stage == "distill" else fa.rectified_flow_loss
     fit(run, stage, model, ("dit",), draw, partial(loss, model.dit), spent=time.time() - began)

@@ -101,6 +101,7 @@ def bench_training(flags, device: torch.device) -> dict:
     objective = Objective(model, lambda z1, z0, t, c: fa.rectified_flow_loss(dit, z1, z0, t, c))
 
     def learn(batch) -> None:
+        optimizer.zero_grad(set_to_none=True)
         for part in zip(*(x.chunk(flags.grad_accum) for x in batch)):
             with run.autocast():
                 loss = objective(*part) / flags.grad_accum

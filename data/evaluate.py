@@ -227,16 +227,16 @@ def evaluate(run: "Run") -> None:
                 add(stage, wav, steps, guidance, straight, elapsed)
             if stage != "distill":
                 add(stage, wav24, 24, guidance, straight, elapsed24)
-    spent = [json.loads((run.folder(s) / "config.json").read_text())["seconds"] for s in STAGES[:-1]]
+    notes = {s: json.loads((run.folder(s) / "config.json").read_text()) for s in STAGES[:-1]}
     chip = (torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else
             f"{platform.processor() or platform.machine()} {run.device.type}, {torch.get_num_threads()} threads")
     hardware = f"{chip}, torch {torch.__version__}"
-    results = {"rows": table, "config": asdict(flags), "seed": flags.seed, "hardware": hardware,
-               "seconds": round(sum(spent) + time.time() - began, 1)}
+    trained = {k: v for held in notes.values() for k, v in held["settings"].items() if k in asdict(flags) and k != "data"}
+    results = {"rows": table, "config": {**asdict(flags), **trained}, "seed": flags.seed, "hardware": hardware,
+               "seconds": round(sum(held["seconds"] for held in notes.values()) + time.time() - began, 1)}
     write_atomically(Path(flags.out) / "results.json", json.dumps(results, indent=2).encode())
     for stage in STAGES[1:-1] if run.public else STAGES[:-1]:
-        notes = json.loads((run.folder(stage) / "config.json").read_text())
-        write_atomically(run.folder(stage) / "README.md", model_card(notes, results).encode())
+        write_atomically(run.folder(stage) / "README.md", model_card(notes[stage], results).encode())
     page = write_page(Path(flags.out) / "listen", f"flashaudio: {Path(flags.out).name}", STORY, shown, seconds)
     print_table(results)
     print(f"{page}: the first {min(SHOWN, len(rows))} captions, to listen to in a browser")

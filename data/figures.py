@@ -62,20 +62,17 @@ def loss_by_t(path: Path, run, captions: list[str], latents: torch.Tensor) -> No
 
 @torch.no_grad()
 def trajectories(path: Path, run, captions: list[str]) -> None:
-    """Paths from the same noises, 24 steps, on the first two principal components of CFM's displacements z1 - z0."""
+    """Paths from the same noises, 24 steps, each against its own chord z1 - z0: how far along it, and how far from it, in chord lengths."""
     figure, (row,) = panels(2, sharex=True, sharey=True)
-    basis = None
     for axes, stage in zip(row, ("cfm", "rf2")):
-        model = run.load(stage)
-        way = model.sample_latents(captions, 24, seed=0, return_trajectory=True).flatten(2)             # (25, N, C L)
-        if basis is None:
-            basis = torch.pca_lowrank(way[-1] - way[0], 2)[2]                                           # (C L, 2)
-        flat = (way @ basis).cpu().numpy()
-        axes.plot(flat[:, :24, 0], flat[:, :24, 1], lw=1)
-        axes.scatter(*flat[0, :24].T, s=8, color="gray", zorder=3)
+        way = run.load(stage).sample_latents(captions[:32], 24, seed=0, return_trajectory=True).flatten(2).cpu()  # (25, N, C L)
+        way, chord = way - way[0], way[-1] - way[0]
+        along = (way * chord).sum(-1) / chord.pow(2).sum(-1)                                            # (25, N)
+        aside = (way - along[..., None] * chord).norm(dim=-1) / chord.norm(dim=-1)
+        axes.plot(along.numpy(), aside.numpy(), lw=0.8, alpha=0.7)
         axes.set(title=f"{NAMES[stage]}: S(Z) {fa.straightness(way):.1f}, relative {fa.straightness(way, relative=True):.3f}",
-                 xlabel="principal component 1 of z1 - z0 (CFM)")
-    row[0].set_ylabel("principal component 2")
+                 xlabel="along the chord from z0 to z1")
+    row[0].set_ylabel("distance from the chord")
     figure.savefig(path)
 
 
@@ -87,7 +84,7 @@ def steps_and_quality(path: Path, table: dict) -> None:
             mean, error = ([found[n][i] or 0 for n in sorted(found)] for i in (0, 1))
             axes.errorbar(sorted(found), mean, error, fmt="o-" if len(found) > 1 else "*", ms=4 if len(found) > 1 else 10, label=NAMES[stage])
         axes.set(xscale="log", xlabel="Euler steps", ylabel=kind, xticks=(1, 2, 4, 8, 16, 24), xticklabels=(1, 2, 4, 8, 16, 24))
-    row[0].set_yscale("log")
+    row[0].set_ylim(0)
     row[1].legend()
     figure.savefig(path)
 
@@ -100,9 +97,9 @@ def guidance_dial(path: Path, table: dict) -> None:
     for way in ways:
         points = {float(name.split(",")[0][4:]): figures for name, figures in table.items() if name in ("ω = 1, plain",) or name.endswith(f", {way}")}
         for axes, name in zip(row, names):
-            omega = sorted(points)
+            omega = sorted(points) if len(points) > 2 else [max(points)]
             mean, error = ([points[w][name][i] or 0 for w in omega] for i in (0, 1))
-            axes.errorbar(omega, mean, error, fmt="o-", ms=4, label=way)
+            axes.errorbar(omega, mean, error, fmt="o-" if len(omega) > 2 else "o", ms=4, label=way)
             axes.set(xlabel="ω", ylabel=name.replace("1 steps", "of the 2-RF, 1 step"))
     row[0].legend(fontsize=7)
     figure.savefig(path)
