@@ -392,7 +392,7 @@ class TextEncoder(nn.Module):
         x = self.model.shared(ids) + self.pieces(torch.stack(pieces, -1)).sum(-2)                   # (B, bytes, D)
         member = F.one_hot(word.clamp(max=self.words - 1), self.words) * (ids > 0)[..., None]       # (B, bytes, N)
         x = rotate(member.transpose(1, 2).to(x) @ x, self.turn)                 # (B, N, D)
-        return self.model(inputs_embeds=x, attention_mask=torch.ones_like(x[..., 0])).last_hidden_state
+        return self.model(inputs_embeds=x).last_hidden_state
 
 
 class PretrainedText(nn.Module):
@@ -774,9 +774,8 @@ def straightness(trajectory: Tensor, relative: bool = False) -> float:
 
     relative: divided by E || Z_1 - Z_0 ||², which makes latents of different size comparable.
     """
-    steps = len(trajectory) - 1
     way = trajectory[-1] - trajectory[0]
-    bend = (way - trajectory.diff(dim=0) * steps).flatten(2).pow(2).sum(2).mean()
+    bend = (way - trajectory.diff(dim=0) * (len(trajectory) - 1)).flatten(2).pow(2).sum(2).mean()
     return (bend / way.flatten(1).pow(2).sum(1).mean() if relative else bend).item()
 
 
@@ -844,8 +843,7 @@ class FlashAudio(nn.Module):
 
     def noise(self, prompts: list[str], seed: int, shape: tuple[int, int]) -> Tensor:
         """z0 (B, C, L): the k-th copy of a prompt gets the noise of seed + k, whatever else is in the batch."""
-        seen: dict[str, int] = {}
-        draws = []
+        seen, draws = {}, []
         for prompt in prompts:
             copy = seen[prompt] = seen.get(prompt, -1) + 1
             draws.append(torch.randn(shape, generator=torch.Generator().manual_seed(seed + copy)))
@@ -858,12 +856,17 @@ class FlashAudio(nn.Module):
         if version != self.remembered.get(0) or len(self.remembered) > 1000:
             self.remembered = {0: version}
         new = [p for p in dict.fromkeys(prompts) if p not in self.remembered]
-        self.remembered.update(zip(new, self.text(new)) if new else ())
+        with torch.autocast(self.device.type, enabled=False):                   # at the precision that training had them
+            self.remembered.update(zip(new, self.text(new)) if new else ())
         return torch.stack([self.remembered[p] for p in prompts])
 
     def compile(self) -> "FlashAudio":
-        """Compile backbone and VAE decoder; CUDA graphs where there is CUDA. The first batch of each size then takes a minute."""
+        """For sampling alone: compile backbone and VAE decoder; on CUDA with CUDA graphs, and bf16 weights in the backbone, which
+        autocast would make of them at every step. The first batch of each size then takes a minute."""
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        torch._dynamo.config.recompile_limit = 64           # batch sizes; torch stops at 8
+        for layer in self.dit.modules() if self.device.type == "cuda" else ():
+            layer.bfloat16() if isinstance(layer, nn.Linear) else None
         self.dit.compile(mode=mode, dynamic=False)
         decode = torch.compile(self.vae.decode, mode=mode, dynamic=False)
         self.vae.decode = lambda z: decode(z).clone()       # a CUDA graph writes over what it returned before
@@ -900,10 +903,7 @@ class FlashAudio(nn.Module):
         return (vocoder or self.vocoder)(self.decode(z)).float()
 
     def save_pretrained(self, folder: str | Path, **notes) -> None:
-        """Write config.json, model.safetensors and, if there is a model card, README.md, each whole or not at all.
-
-        notes: further keys for config.json.
-        """
+        """Write config.json, with `notes` in it, model.safetensors and any model card as README.md, each whole or not at all."""
         from safetensors import SafetensorError
         from safetensors.torch import save_model
         folder, temporary = Path(folder), Path(folder) / "model.safetensors.tmp"

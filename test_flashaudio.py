@@ -933,6 +933,10 @@ def test_ablations_share_stages_continue_and_count_what_is_on_disk(judge_file, t
     in_process(*flags)                                                          # nothing is left to train
     assert [p.stat().st_mtime_ns for p in made["rf1"]] == times[-6:]
     assert json.loads((tmp_path / "out/ablation.json").read_text())["tables"]["Table 2"]["1-RF full"] == {"fd 24 steps": [4.0, 1.0, 2]}
+    in_process(*flags, "--rows", "1-RF full")
+    assert json.loads((tmp_path / "out/ablation.json").read_text())["tables"] == {"Table 2": {"1-RF full": {"fd 24 steps": [4.0, 1.0, 2]}}}
+    with pytest.raises(InputError, match="no row"):
+        in_process(*flags, "--rows", "3-RF")
 
 
 def test_a_stage_depends_on_the_settings_it_uses():
@@ -1245,7 +1249,7 @@ BAD_TRAIN = {                                       # what is typed, and what th
     "--couplings 0": "at least 1", "--coupling_steps 0": "at least 1", "--anchor_steps -1": "from 0 to", "--eval_clips 1": "at least 2",
     "--mix_exp_a 0": "above 0", "--mix_exp_a 100": "from 0 to 80", "--data onetest.csv": "at least 2 clips", "--sigma_min 2": "from 0 to 1", "--lr_end -0.1": "from 0 to 1", "--warmup 0": "at least 1",
     "--grad_accum 17": "leaves no clip", "--ast somewhere": "--ast needs --clap", "--init public.ckpt --stage vae": "nothing to train",
-    "--init public.ckpt --preset toy": "leave --preset out", "--ablate --stage rf1": "--ablate trains every stage", "--ablate long": "'full', 'short'",
+    "--init public.ckpt --preset toy": "leave --preset out", "--ablate --stage rf1": "--ablate trains every stage", "--ablate long": "'full', 'short'", "--rows 2-RF": "goes with --ablate",
     "--pairing best": "'immiscible', 'none', 'knn', 'c2ot'", "--pairing_reflow on": "'off', 'before', 'literal'",
     "--rectify cfg": "'anchored', 'cfg_zero', 'plain'", "--rf1_timesteps cosine": "'uniform', 'logit_normal', 'mix_exp'",
     "--device abacus": "cpu, cuda", "--device cuda:77": "not available", "--vocoder wavenet": "griffin-lim, hifigan",

@@ -84,16 +84,17 @@ class Flags:
     ablate: str = flag("", "train and measure the recipe with each ingredient changed, over several seeds; full if bare",
                        choices=("full", "short"), nargs="?", const="full")
     seeds: int = flag(1, "seeds of --ablate, from --seed on [5 and 2]")
+    rows: str = flag("", "of --ablate, only the rows with this in their name")
     bench: int = flag(0, "time this many steps of training on random latents instead [30 if bare]", nargs="?", const=30)
     save_every: float = flag(60.0, "seconds between checkpoints")
-    compile: str = flag("auto", "torch.compile the backbone; auto is on for cuda", choices=("auto", "on", "off"))
+    compile: str = flag("auto", "torch.compile backbone and VAE loss; auto is on for cuda", choices=("auto", "on", "off"))
 
 
 # The paper gives batch size, learning rate and steps of the 1-RF (§4.1) and leaves the others open.
 PAPER = dict(batch_size=64, lr=4.8e-5, rf1_lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999, vae_frames=624, vae_lr=1e-4, kl_weight=1e-6,
              vae_steps=200_000, cfm_steps=200_000, rf1_steps=40_000, rf2_steps=40_000, distill_steps=40_000,
              couplings=50_000, distill_couplings=50_000, coupling_steps=24, distill_coupling_steps=24, anchor_steps=10, guidance=3.0, distill_guidance=3.0,
-             grad_accum=4, eval_clips=1000, clap="laion/clap-htsat-unfused", ast="MIT/ast-finetuned-audioset-10-10-0.4593")
+             grad_accum=4, save_every=900.0, eval_clips=1000, clap="laion/clap-htsat-unfused", ast="MIT/ast-finetuned-audioset-10-10-0.4593")
 # What the ablations change, so that five seeds take hours and not days
 ABLATIONS = {"full": dict(seeds=5, rf2_steps=400, distill_steps=400, couplings=600, distill_couplings=600),
              "short": dict(seeds=2, vae_steps=800, cfm_steps=600, rf1_steps=100, rf2_steps=150, distill_steps=150, couplings=128,
@@ -121,7 +122,7 @@ from data.bench import bench_training
 from data.evaluate import evaluate, is_toy, peak_memory
 from data.listen import draw_losses, hear
 from data.manifest import Data, bar, batch_indices, blocks, cached, digest, processes, wait_for_all
-from data.run import (REFLOW, STAGES, Objective, Run, batches, join_processes, lock, mean_over_processes, save, shared_out, stop,
+from data.run import (REFLOW, STAGES, Objective, Run, batches, compiled, join_processes, lock, mean_over_processes, save, shared_out, stop,
                       versions)
 from data.public import read_checkpoint
 from flashaudio import FlashAudio, InputError
@@ -151,9 +152,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw, l
         model.load_state_dict(state["weights"], strict=False)
         print(f"{stage}: continuing at step {start} of {steps}")
     objective = shared_out(Objective(model, loss_of), run.device)
-    if flags.compile == "on" or flags.compile == "auto" and run.device.type == "cuda":
-        torch._dynamo.config.suppress_errors = flags.compile == "auto"          # no compiler here: run as it is
-        model.dit.compile()
+    compiled(flags, run.device, model.dit, dynamic=False)
 
     def save_state(step: int) -> None:
         if rank:
@@ -256,7 +255,8 @@ def train_vae(run: Run) -> None:
         rows, noise = run.share(rows, noise)
         return [torch.from_numpy(mels[rows, :, start:start + frames]), noise]
 
-    fit(run, "vae", model, ("vae",), draw, lambda mel, noise: fa.vae_loss(model.vae, mel, noise, flags.kl_weight))
+    loss = compiled(flags, run.device, fa.vae_loss)
+    fit(run, "vae", model, ("vae",), draw, lambda mel, noise: loss(model.vae, mel, noise, flags.kl_weight))
 
 
 def timesteps(flags: Flags, stage: str, n: int, generator: torch.Generator) -> Tensor:
@@ -331,7 +331,7 @@ def train_on_couplings(run: Run, stage: str) -> None:
     shape = (len(clips), 2, *model.latent_shape())
 
     def fill(array: np.ndarray) -> None:
-        model.requires_grad_(False)
+        compiled(flags, run.device, model.requires_grad_(False).dit)
         for i in blocks(array, 64, "pairs"):
             if array[i:i + 64][-1, 1].any():        # done by a run that was interrupted
                 continue

@@ -44,6 +44,7 @@ def plan() -> list[tuple[str, str, str, dict]]:
         if guidance == 3:
             ways |= {f"anchored, {n}": dict(anchor_steps=n) for n in (3, 10)}
         rows += [("Fig. 4", f"ω = {guidance:g}, {name}", "rf2", dict(guidance=guidance, **change)) for name, change in ways.items()]
+    rows += [("Eq. 13", f"couplings at ω = {g:g}", "distill", dict(distill_guidance=g)) for g in (1.0, 3.0)]
     return rows + [("Fig. 2, 3", stage, stage, {}) for stage in ("cfm", "rf1", "rf2", "distill")]
 
 
@@ -108,8 +109,7 @@ def measure(train, run, judge: Judge, table: str, stage: str) -> dict:
 
 def measure_couplings(run, judge: Judge, z0: torch.Tensor) -> dict:
     """Couplings of the 1-RF for the held-out captions: quality, residual to the unguided path, effective guidance."""
-    flags, model, ends, residual, effective = run.flags, run.load("rf1").requires_grad_(False), [], [], []
-    began = time.time()
+    flags, model, ends, residual, effective, began = run.flags, run.load("rf1").requires_grad_(False), [], [], [], time.time()
     for i in range(0, len(z0), 64):
         c, null = contexts(model, judge.captions, i)
         with run.autocast():
@@ -158,12 +158,11 @@ def measure_pairing(train, run, model, judge: Judge, z0: torch.Tensor) -> dict:
 
 def summary(files: list[Path]) -> dict:
     """{table: {row: {figure: (mean, standard error, seeds)}}} of the rows in these files, in the order of the plan."""
-    found: dict = {}
+    found, tables = {}, {}
     for file in files:
         held = json.loads(file.read_text())
         for name, value in held["figures"].items():
             found.setdefault((held["table"], held["row"]), {}).setdefault(name, []).append(value)
-    tables: dict = {}
     for table, row, _, _ in plan():
         if (table, row) in found:
             tables.setdefault(table, {})[row] = {name: (float(np.mean(v)), float(np.std(v, ddof=1) / len(v) ** 0.5) if len(v) > 1 else None,
@@ -192,10 +191,13 @@ CLAIMS = {
     "2-RF: a paired 1-RF": (("Table 2", "2-RF full", "fd 24 steps"), ("Table 2", "2-RF from 1-RF without pairing", "fd 24 steps"), "1.18, 1.26"),
     "2-RF: pairing before the ODE": (("Table 2", "2-RF paired before the ODE", "fd 24 steps"), ("Table 2", "2-RF full", "fd 24 steps"), ""),
     "2-RF: literal re-pairing": (("Table 2", "2-RF literal re-pairing", "fd 24 steps"), ("Table 2", "2-RF full", "fd 24 steps"), ""),
+    "2-RF in one step: Mix-Exp t": (("Table 2", "2-RF full", "fd 1 steps"), ("Table 2", "2-RF uniform t", "fd 1 steps"), ""),
     "anchored, not plain, guidance": (("Fig. 4", "ω = 3, anchored, 1", "fd 4 steps"), ("Fig. 4", "ω = 3, plain", "fd 4 steps"), "1.26, 1.43"),
+    "anchored with 10 iterations": (("Fig. 4", "ω = 3, anchored, 10", "fd 4 steps"), ("Fig. 4", "ω = 3, plain", "fd 4 steps"), "1.26, 1.43"),
     "2-RF straighter than CFM": (("Fig. 2, 3", "rf2", "straightness"), ("Fig. 2, 3", "cfm", "straightness"), ""),
     "2-RF in 24 steps, CFM in 24": (("Fig. 2, 3", "rf2", "fd 24 steps"), ("Fig. 2, 3", "cfm", "fd 24 steps"), "1.18, 1.22"),
     "2-RF in 4 steps, CFM in 4": (("Fig. 2, 3", "rf2", "fd 4 steps"), ("Fig. 2, 3", "cfm", "fd 4 steps"), ""),
+    "distilled on guided couplings": (("Eq. 13", "couplings at ω = 3", "fd 1 steps"), ("Eq. 13", "couplings at ω = 1", "fd 1 steps"), ""),
     "distilled, 2-RF, in one step": (("Fig. 2, 3", "distill", "fd 1 steps"), ("Fig. 2, 3", "rf2", "fd 1 steps"), "1.49, 2.24"),
     "distilled in 1, CFM in 24": (("Fig. 2, 3", "distill", "fd 1 steps"), ("Fig. 2, 3", "cfm", "fd 24 steps"), "1.49, 1.22")}
 
@@ -210,8 +212,7 @@ def judge_claims(files: list[Path]) -> dict:
             found.setdefault((held["table"], held["row"], name), {})[held["seed"]] = value
     verdicts = {}
     for claim, (better, worse, paper) in CLAIMS.items():
-        seeds = sorted(found.get(better, {}).keys() & found.get(worse, {}).keys())
-        if not seeds:
+        if not (seeds := sorted(found.get(better, {}).keys() & found.get(worse, {}).keys())):
             continue
         gaps = np.array([found[better][seed] - found[worse][seed] for seed in seeds])
         half = stats.t.ppf(0.975, len(gaps) - 1) * gaps.std(ddof=1) / len(gaps) ** 0.5 if len(gaps) > 2 else math.inf
@@ -225,8 +226,11 @@ def ablate(train, flags, data, device) -> None:
     """Train and measure every row of the plan for every seed; print the tables and write <out>/ablation.json."""
     out, judge = Path(flags.out), Judge(data, flags.eval_clips)
     (out / "rows").mkdir(exist_ok=True)
-    own, files = {**vars(flags), "out": "", "seed": 0, "seeds": 0}, []
-    for seed, (table, row, stage, change) in bar([(s, r) for s in range(flags.seed, flags.seed + flags.seeds) for r in plan()], "ablate"):
+    own, files = {name: value for name, value in vars(flags).items() if name not in ("out", "seed", "seeds", "rows")}, []
+    chosen = [row for row in plan() if flags.rows in f"{row[0]} {row[1]}"]
+    if not chosen:
+        raise InputError(f"--rows '{flags.rows}': no row of the ablations has that in its name, for example '2-RF full'")
+    for seed, (table, row, stage, change) in bar([(s, r) for s in range(flags.seed, flags.seed + flags.seeds) for r in chosen], "ablate"):
         files.append(out / "rows" / f"{digest(table, row, seed, own, data.key)}.json")
         if files[-1].exists():
             continue
@@ -236,8 +240,7 @@ def ablate(train, flags, data, device) -> None:
                 train.RUN_STAGE[step](run)
         held = {"table": table, "row": row, "seed": seed, "change": change, "figures": measure(train, run, judge, table, stage)}
         write_atomically(files[-1], json.dumps(held, indent=1).encode())
-    tables = summary(files)
-    claims = judge_claims(files)
+    tables, claims = summary(files), judge_claims(files)
     write_atomically(out / "ablation.json", json.dumps({"tables": tables, "claims": claims, "flags": vars(flags)}, indent=1).encode())
     print_tables(tables)
     for claim, c in claims.items():

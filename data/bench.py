@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import flashaudio as fa
 from data.evaluate import peak_memory
 from data.manifest import batch_indices
-from data.run import Objective, Run, batches
+from data.run import Objective, Run, batches, compiled
 from flashaudio import FlashAudio
 
 # Dense bf16 FLOP/s with float32 sums, from the data sheets. The first name that stands in the device's counts
@@ -64,9 +64,8 @@ def bench_sampling(model: FlashAudio, name: str, vocoder, steps: int, sizes: lis
     for size in sizes:
         prompts = [f"a bell followed by rain, {i}" for i in range(size)]
         z0 = torch.randn(size, *shape, generator=torch.Generator().manual_seed(0)).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            context, null = model.contexts(prompts), model.contexts([""]).expand(size, -1, -1)
-            text = milliseconds(lambda: model.text(prompts), device)
+        context, null = model.contexts(prompts), model.contexts([""]).expand(size, -1, -1)
+        text = milliseconds(lambda: model.text(prompts), device)
         mel = model.decode(z0)
         vae, wave = (milliseconds(f, device) for f in (lambda: model.decode(z0), lambda: vocoder(mel)))
         for guidance in (1.0, 3.0):
@@ -126,20 +125,21 @@ def bench_training(flags, device: torch.device) -> dict:
         batch = [x.to(device) for x in draw(0)]
         with FlopCounterMode(display=False) as counter:
             learn(batch)
-        if flags.compile == "on" or flags.compile == "auto" and device.type == "cuda":
-            dit.compile()
+        compiled(flags, device, dit, dynamic=False)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         row = {"data ms": milliseconds(lambda: [x.to(device) for x in draw(1, False)], device),
                "pairing ms": milliseconds(lambda: fa.immiscible_pairing(*batch[:2]), device),
                "forward+backward ms": milliseconds(lambda: learn(batch), device), "optimiser ms": milliseconds(optimise, device)}
         for paired in (False, True):
-            times, start = [], time.perf_counter()
             for step, batch in batches(run, range(flags.bench + 3), lambda step: draw(step, paired)):
+                if step == 3:                       # warm; from here on nothing waits for the device
+                    synchronise(device)
+                    start = time.perf_counter()
                 learn(batch)
                 optimise()
-                synchronise(device)
-                times.append(time.perf_counter() - start)
-                start = time.perf_counter()
-            row["step ms" if paired else "step unpaired ms"] = 1000 * statistics.median(times[3:])
+            synchronise(device)
+            row["step ms" if paired else "step unpaired ms"] = 1000 * (time.perf_counter() - start) / flags.bench
         del held, batch
     name = device_name(device)
     peak = next((flops for part, flops in PEAKS.items() if part in name), None)

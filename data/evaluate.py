@@ -185,6 +185,7 @@ def evaluate(run: "Run") -> None:
     else:
         judge = PublicJudge(data, rows, real, flags.clap, flags.ast, run.device) if flags.clap else NearestClip(data, rows, real)
     vocoder, table, shown = fa.load_vocoder(flags.vocoder, str(run.device)), [], []
+    together = 64 if run.device.type == "cuda" else 8                           # clips that a CPU's caches hold
 
     def add(name: str, wav: Tensor, steps: int | None = None, guidance: float | None = None, straight: float | None = None,
             elapsed: float | None = None) -> None:
@@ -212,12 +213,12 @@ def evaluate(run: "Run") -> None:
             path = model.sample_latents(captions[i:i + 64], steps, guidance, z0=z0[i:i + 64], return_trajectory=True)
             straight.append(fa.straightness(path) * path.shape[1])
             if listen:
-                wav += [vocoder(mel).cpu() for mel in model.decode(path[-1]).split(8)]
+                wav += [vocoder(mel).cpu() for mel in model.decode(path[-1]).split(together)]
         return torch.cat(wav) if listen else None, sum(straight) / len(rows), time.time() - start
 
     add("real", real)
     mels = torch.tensor(data.mels[rows], device=run.device)
-    add("vae", torch.cat([vocoder(model.vae.decode(model.vae.encode(m)[0])).cpu() for m in mels.split(8)]))
+    add("vae", torch.cat([vocoder(model.vae.decode(model.vae.encode(m)[0])).cpu() for m in mels.split(together)]))
     for stage in STAGES[1:-1]:
         model = run.load(stage)
         for guidance in (1.0, 3.0) if stage == "cfm" else (1.0,):

@@ -27,6 +27,7 @@ def complaint(flags) -> str:
     wrong = {
         f"--grad_accum {flags.grad_accum} leaves no clip for a part of --batch_size {flags.batch_size}": flags.grad_accum > flags.batch_size,
         "--ast needs --clap": flags.ast and not flags.clap,
+        "--rows goes with --ablate": flags.rows and not flags.ablate,
         f"--stage vae has nothing to train: {flags.init} brings its own": public and flags.stage == "vae",
         "--preset toy cannot start from a public checkpoint: leave --preset out": public and flags.preset == "toy",
         "--mix_exp_a is 0, must be above 0: with a = 0, Mix-Exp is uniform": flags.mix_exp_a == 0,

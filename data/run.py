@@ -163,6 +163,15 @@ def shared_out(objective: Objective, device: torch.device) -> nn.Module:
     return nn.parallel.DistributedDataParallel(objective, [device] if device.type == "cuda" else None, broadcast_buffers=False)
 
 
+def compiled(flags: "Flags", device: torch.device, f, **how):
+    """f, a module or a function, through torch.compile where --compile says so."""
+    if flags.compile == "off" or flags.compile == "auto" and device.type != "cuda":
+        return f
+    torch._dynamo.config.suppress_errors = flags.compile == "auto"              # no compiler here: run as it is
+    torch._dynamo.config.recompile_limit = 64       # a graph for each stage and batch size; torch stops at 8
+    return f.compile(**how) or f if isinstance(f, nn.Module) else torch.compile(f, **how)
+
+
 def batches(run: Run, steps: range, draw, beside: bool | None = None):
     """(step, its batch on the device). beside, by default on CUDA: the next batch is drawn, paired and sent by a thread while this
     one is worked on. A CPU would work on both at once no faster (with pairing, at half the speed: two thread pools in each other's way)."""
@@ -179,7 +188,7 @@ def batches(run: Run, steps: range, draw, beside: bool | None = None):
     if not (cuda if beside is None else beside):
         yield from ((step, prepare(step)) for step in steps)
         return
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1, initializer=torch.cuda.set_device if cuda else None, initargs=(aside.device,) if cuda else ()) as pool:
         ahead = pool.submit(prepare, steps.start) if steps else None
         for step in steps:
             batch = ahead.result()
