@@ -838,6 +838,13 @@ def test_results_hold_the_flags_that_the_models_were_trained_with(trained, tmp_p
     assert (config["cfm_steps"], config["couplings"], config["eval_clips"], config["stage"]) == (4, 6, 3, "eval")
 
 
+def test_a_recipe_is_between_the_preset_and_the_command_line():
+    import train
+    assert [train.parse_flags(line.split()).pairing for line in ("", "--recipe measured", "--recipe measured --pairing knn")] == ["immiscible", "none", "knn"]
+    assert train.parse_flags(["--recipe", "measured"]).out == "out/toy-measured"
+    assert train.parse_flags("--preset base --recipe measured".split()).couplings == 50_000
+
+
 def test_timesteps_follow_the_flags():
     import train
     flags = train.Flags(rf1_timesteps="mix_exp", mix_exp_a=2.0, rf2_timesteps="uniform", cfm_timesteps="logit_normal", logit_mean=0.5)
@@ -1249,7 +1256,7 @@ BAD_TRAIN = {                                       # what is typed, and what th
     "--couplings 0": "at least 1", "--coupling_steps 0": "at least 1", "--anchor_steps -1": "from 0 to", "--eval_clips 1": "at least 2",
     "--mix_exp_a 0": "above 0", "--mix_exp_a 100": "from 0 to 80", "--data onetest.csv": "at least 2 clips", "--sigma_min 2": "from 0 to 1", "--lr_end -0.1": "from 0 to 1", "--warmup 0": "at least 1",
     "--grad_accum 17": "leaves no clip", "--ast somewhere": "--ast needs --clap", "--init public.ckpt --stage vae": "nothing to train",
-    "--init public.ckpt --preset toy": "leave --preset out", "--ablate --stage rf1": "--ablate trains every stage", "--ablate long": "'full', 'short'", "--rows 2-RF": "goes with --ablate",
+    "--init public.ckpt --preset toy": "leave --preset out", "--ablate --stage rf1": "--ablate trains every stage", "--ablate long": "'full', 'short'", "--rows 2-RF": "goes with --ablate", "--ablate --recipe measured": "leave",
     "--pairing best": "'immiscible', 'none', 'knn', 'c2ot'", "--pairing_reflow on": "'off', 'before', 'literal'",
     "--rectify cfg": "'anchored', 'cfg_zero', 'plain'", "--rf1_timesteps cosine": "'uniform', 'logit_normal', 'mix_exp'",
     "--device abacus": "cpu, cuda", "--device cuda:77": "not available", "--vocoder wavenet": "griffin-lim, hifigan",

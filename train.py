@@ -29,6 +29,7 @@ class Flags:
     """The command line. Defaults are the toy recipe; RECIPES holds what the other presets change."""
     preset: str = flag("toy", "size of the model", choices=("toy", "small", "base", "large"))
     data: str = flag("toy", "manifest: a CSV with the columns audio_path,caption[,split]; 'toy' makes its own sounds")
+    recipe: str = flag("paper", "paper: its choice wherever it makes one; measured: what the ablations found better", choices=("paper", "measured"))
     out: str = flag("", "folder of the run (default out/<preset>)")
     init: str = flag("cfm", "where rf1 starts: stage cfm; none, new weights; or a checkpoint of Make-An-Audio 3, a file or "
                             "repo_id:path/in/repo, which stands in for stages vae and cfm")
@@ -99,7 +100,7 @@ PAPER = dict(batch_size=64, lr=4.8e-5, rf1_lr=4.8e-5, lr_end=1.0, warmup=1000, e
 ABLATIONS = {"full": dict(seeds=5, rf2_steps=400, distill_steps=400, couplings=600, distill_couplings=600),
              "short": dict(seeds=2, vae_steps=800, cfm_steps=600, rf1_steps=100, rf2_steps=150, distill_steps=150, couplings=128,
                            distill_couplings=128, eval_clips=96)}
-RECIPES = {"toy": {}, "small": PAPER, "base": PAPER, "large": PAPER}
+RECIPES = {"toy": {}, "small": PAPER, "base": PAPER, "large": PAPER, "paper": {}, "measured": dict(pairing="none")}
 
 
 def parse_flags(argv: list[str] | None = None) -> Flags:

@@ -141,4 +141,5 @@ def draw_figures(folder: Path, run, judge, tables: dict) -> None:
     trajectories(folder / "trajectories.png", run, judge.captions)
     steps_and_quality(folder / "steps.png", tables["Fig. 2, 3"])
     guidance_dial(folder / "guidance.png", tables["Fig. 4"])
-    mel_grid(folder / "mels.png", run, judge.captions[1], torch.tensor(run.data.mels[rows[1]]))
+    k = next((i for i, caption in enumerate(judge.captions) if "followed by" in caption), 0)         # a sequence shows in time
+    mel_grid(folder / "mels.png", run, judge.captions[k], torch.tensor(run.data.mels[rows[k]]))

@@ -31,8 +31,8 @@ def complaint(flags) -> str:
         f"--stage vae has nothing to train: {flags.init} brings its own": public and flags.stage == "vae",
         "--preset toy cannot start from a public checkpoint: leave --preset out": public and flags.preset == "toy",
         "--mix_exp_a is 0, must be above 0: with a = 0, Mix-Exp is uniform": flags.mix_exp_a == 0,
-        "--ablate trains every stage of the toy set from nothing: leave --stage, --text and --init out":
-            flags.ablate and (flags.stage, flags.text, flags.init) != ("all", "bytes", "cfm")}
+        "--ablate trains every stage of the toy set from nothing by the paper's recipe: leave --stage, --text, --init and --recipe out":
+            flags.ablate and (flags.stage, flags.text, flags.init, flags.recipe) != ("all", "bytes", "cfm", "paper")}
     return next((text for text, holds in wrong.items() if holds), "")
 
 
@@ -46,8 +46,8 @@ def read_command_line(text: str, cls, recipes: dict, ablations: dict, argv: list
                             help=f"{f.metadata['help']} [{f.default}]".replace("%", "%%"), **more)
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
     given.setdefault("preset", "toy" if given.get("init", "cfm") in ("cfm", "none") else "base")
-    flags = cls(**{**recipes[given["preset"]], **ablations.get(given.get("ablate"), {}), **given})
-    flags.out = flags.out or f"out/{'ablation' if flags.ablate else flags.preset}"
+    flags = cls(**{**recipes[given["preset"]], **recipes[given.get("recipe", "paper")], **ablations.get(given.get("ablate"), {}), **given})
+    flags.out = flags.out or f"out/{'ablation' if flags.ablate else flags.preset}{'-measured' * (flags.recipe == 'measured')}"
     if complaint(flags):
         parser.error(complaint(flags))
     return flags
