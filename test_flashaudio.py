@@ -955,7 +955,7 @@ def test_a_stage_depends_on_the_settings_it_uses():
 
 
 def test_a_claim_is_reproduced_only_where_its_interval_excludes_zero(tmp_path):
-    from data.ablate import judge_claims
+    from data.ablate import judge_claims, read_figures
     rows = {("Table 2", "1-RF full"): [1.0, 2.0, 3.0], ("Table 2", "1-RF uniform t"): [2.0, 3.1, 3.9],      # -1.0, -1.1, -0.9
             ("Table 2", "1-RF not from CFM"): [1.5, 1.9, 3.2], ("Table 2", "1-RF no pairing"): [0.5, 1.4, 2.6]}
     files = []
@@ -963,13 +963,13 @@ def test_a_claim_is_reproduced_only_where_its_interval_excludes_zero(tmp_path):
         for seed, value in enumerate(values):
             files.append(tmp_path / f"{len(files)}.json")
             files[-1].write_text(json.dumps({"table": table, "row": row, "seed": seed, "figures": {"fd 24 steps": value}}))
-    claims = judge_claims(files)
+    claims = judge_claims(read_figures(files))
     assert {name: c["verdict"] for name, c in claims.items()} == {
         "1-RF: logit-normal t": "reproduced", "1-RF: from CFM": "not seen", "1-RF: immiscible pairing": "the opposite"}
     first = claims["1-RF: logit-normal t"]
     assert first["difference"] == pytest.approx(-1.0) and first["ours"] == pytest.approx([2.0, 3.0])
     assert first["interval"] == pytest.approx(4.302653 * 0.1 / 3 ** 0.5, rel=1e-5)            # t of 2 degrees of freedom, standard deviation 0.1
-    assert judge_claims(files[:2] + files[3:5])["1-RF: logit-normal t"]["verdict"] == "cannot be judged"
+    assert judge_claims(read_figures(files[:2] + files[3:5]))["1-RF: logit-normal t"]["verdict"] == "cannot be judged"
 
 
 def test_training_from_a_public_checkpoint_ends_in_a_one_step_model(public_checkpoint, tmp_path):

@@ -26,7 +26,7 @@ TIMESTEPS = ("uniform", "logit_normal", "mix_exp")
 
 @dataclass
 class Flags:
-    """The command line. Defaults are the toy recipe; RECIPES holds what the other presets change."""
+    """The command line. Defaults are the toy recipe; RECIPES holds what other presets and recipes change."""
     preset: str = flag("toy", "size of the model", choices=("toy", "small", "base", "large"))
     data: str = flag("toy", "manifest: a CSV with the columns audio_path,caption[,split]; 'toy' makes its own sounds")
     recipe: str = flag("paper", "paper: its choice wherever it makes one; measured: what the ablations found better", choices=("paper", "measured"))

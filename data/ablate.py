@@ -89,7 +89,10 @@ def measure(train, run, judge: Judge, table: str, stage: str) -> dict:
         return torch.cat([model.sample_latents(judge.captions[i:i + 64], n, z0=z0[i:i + 64], return_trajectory=True)
                           for i in range(0, len(z0), 64)], 1)                   # (n + 1, N, C, L)
 
-    steps = (1,) if stage == "distill" else (1, 2, 4, 8, 16, 24) if table == "Fig. 2, 3" else (1, 4, 24) if stage == "rf2" else (24,)
+    if stage == "distill":
+        steps = (1,)
+    else:
+        steps = (1, 2, 4, 8, 16, 24) if table == "Fig. 2, 3" else (1, 4, 24) if stage == "rf2" else (24,)
     found = {}
     for n in steps:
         path = simulate(n)
@@ -153,17 +156,23 @@ def measure_pairing(train, run, model, judge: Judge, z0: torch.Tensor) -> dict:
             "skew": float(np.mean(skew)), "prediction gap": float(np.mean(gaps))}   # skew: 1 for noise that knows no caption
 
 
-def summary(files: list[Path]) -> dict:
-    """{table: {row: {figure: (mean, standard error, seeds)}}} of the rows in these files, in the order of the plan."""
-    found, tables = {}, {}
+def read_figures(files: list[Path]) -> dict:
+    """{(table, row, figure): {seed: value}} of the rows in these files."""
+    found: dict = {}
     for file in files:
         held = json.loads(file.read_text())
         for name, value in held["figures"].items():
-            found.setdefault((held["table"], held["row"]), {}).setdefault(name, []).append(value)
+            found.setdefault((held["table"], held["row"], name), {})[held["seed"]] = value
+    return found
+
+
+def summary(found: dict) -> dict:
+    """{table: {row: {figure: (mean, standard error, seeds)}}} of what read_figures found, in the order of the plan."""
+    tables = {}
     for table, row, _, _ in plan():
-        if (table, row) in found:
-            tables.setdefault(table, {})[row] = {name: (float(np.mean(v)), float(np.std(v, ddof=1) / len(v) ** 0.5) if len(v) > 1 else None,
-                                                        len(v)) for name, v in found[table, row].items()}
+        for v, name in ((list(seeds.values()), name) for (*place, name), seeds in found.items() if place == [table, row]):
+            error = float(np.std(v, ddof=1) / len(v) ** 0.5) if len(v) > 1 else None
+            tables.setdefault(table, {}).setdefault(row, {})[name] = (float(np.mean(v)), error, len(v))
     return tables
 
 
@@ -202,14 +211,9 @@ CLAIMS = {
     "CFM in 24 steps, distilled in 1": (("Fig. 2, 3", "cfm", "fd 24 steps"), ("Fig. 2, 3", "distill", "fd 1 steps"), "1.22, 1.49")}
 
 
-def judge_claims(files: list[Path]) -> dict:
+def judge_claims(found: dict) -> dict:
     """For each claim the mean difference over seeds, first side less second (less is better), its 95% interval (Student's t, seeds
     paired), and what that says: reproduced only where the interval lies below zero."""
-    found: dict = {}
-    for file in files:
-        held = json.loads(file.read_text())
-        for name, value in held["figures"].items():
-            found.setdefault((held["table"], held["row"], name), {})[held["seed"]] = value
     verdicts = {}
     for claim, (better, worse, paper) in CLAIMS.items():
         if not (seeds := sorted(found.get(better, {}).keys() & found.get(worse, {}).keys())):
@@ -240,7 +244,8 @@ def ablate(train, flags, data, device) -> None:
                 train.RUN_STAGE[step](run)
         held = {"table": table, "row": row, "seed": seed, "change": change, "figures": measure(train, run, judge, table, stage)}
         write_atomically(files[-1], json.dumps(held, indent=1).encode())
-    tables, claims = summary(files), judge_claims(files)
+    found = read_figures(files)
+    tables, claims = summary(found), judge_claims(found)
     write_atomically(out / "ablation.json", json.dumps({"tables": tables, "claims": claims, "flags": vars(flags)}, indent=1).encode())
     print_tables(tables)
     for claim, c in claims.items():
