@@ -865,8 +865,8 @@ class FlashAudio(nn.Module):
         autocast would make of them at every step. The first batch of each size then takes a minute."""
         mode = "reduce-overhead" if self.device.type == "cuda" else "default"
         torch._dynamo.config.recompile_limit = 64           # batch sizes; torch stops at 8
-        for layer in self.dit.modules() if self.device.type == "cuda" else ():
-            layer.bfloat16() if isinstance(layer, nn.Linear) else None
+        if self.device.type == "cuda":
+            nn.ModuleList(layer for layer in self.dit.modules() if isinstance(layer, nn.Linear)).bfloat16()
         self.dit.compile(mode=mode, dynamic=False)
         decode = torch.compile(self.vae.decode, mode=mode, dynamic=False)
         self.vae.decode = lambda z: decode(z).clone()       # a CUDA graph writes over what it returned before

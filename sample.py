@@ -49,7 +49,6 @@ import time
 import torch
 
 import flashaudio as fa
-from data.bench import bench_sampling
 from data.listen import file_names, save_clip, write_page
 from flashaudio import FlashAudio, InputError
 
@@ -99,6 +98,7 @@ def main(flags: argparse.Namespace) -> None:
     vocoder = fa.load_vocoder(flags.vocoder, str(device))
     model = FlashAudio(fa.PRESETS[source]).to(device).eval() if flags.preset else FlashAudio.from_pretrained(source, str(device))
     if flags.bench:
+        from data.bench import bench_sampling       # here, as it takes a second to import
         sizes = [int(size) for size in flags.bench.split(",")]
         return print(json.dumps(bench_sampling(model, str(source), vocoder, flags.steps, sizes, flags.seconds)))
     flags.out.mkdir(parents=True, exist_ok=True)

@@ -118,8 +118,6 @@ from transformers import AutoConfig
 
 import flashaudio as fa
 from data import toy
-from data.ablate import ablate
-from data.bench import bench_training
 from data.evaluate import evaluate, is_toy, peak_memory
 from data.listen import draw_losses, hear
 from data.manifest import Data, bar, batch_indices, blocks, cached, digest, processes, wait_for_all
@@ -376,6 +374,7 @@ def main(flags: Flags) -> None:
     device = join_processes(fa.find_device(flags.device), flags)
     torch.set_float32_matmul_precision("high")
     if flags.bench:
+        from data.bench import bench_training
         return print(json.dumps(bench_training(flags, device)))
     out = Path(flags.out)
     if processes()[0] == 0:
@@ -391,6 +390,7 @@ def run_stages(flags: Flags, device: torch.device, out: Path) -> None:
     manifest = out / "data" / "manifest.csv" if flags.data == "toy" else Path(flags.data)
     run = Run(flags, Data(manifest, out / "cache", fa.PRESETS[flags.preset].frames), device)
     if flags.ablate:
+        from data.ablate import ablate              # here, as it takes a second to import
         return ablate(sys.modules[__name__], flags, run.data, device)
     fa.load_vocoder(flags.vocoder)                  # what stage eval will need, asked for before the work and not after it
     if flags.stage in ("all", "eval") and len(run.data.held_out(2)) < 2:

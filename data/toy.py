@@ -12,6 +12,7 @@ import csv
 import json
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 
@@ -183,19 +184,23 @@ def write_toy_set(folder: Path | str, train_clips: int = 2400, test_clips: int =
     manifest.unlink(missing_ok=True)  # from here until the last line the set is incomplete
     (folder / "wav").mkdir(parents=True, exist_ok=True)
     settings_file.write_text(settings)
-    rows = [("audio_path", "caption", "split", "scene")]
-    for stream, (split, clips) in enumerate((("train", train_clips), ("test", test_clips))):
-        for i in range(clips):
-            rng = np.random.default_rng((seed, stream, i))
-            held_out = split == "test" and i >= clips // 2
-            shares = (0, 1, 0) if held_out else (0.25, 0.45, 0.3)  # alone, in sequence, together
-            pool = [s for s in (KINDS, SEQUENCES, TOGETHER)[rng.choice(3, p=shares)] if (s in HELD_OUT) == held_out]
-            scene = with_details(str(rng.choice(pool)), rng)
-            text = caption(scene, rng, unseen=split == "test" and rng.random() < 1 / 3)
-            rows.append((f"wav/{split}-{i:05d}.wav", text, split, scene))
-            wavfile.write(folder / rows[-1][0], SAMPLE_RATE, np.round(synthesise(scene, rng) * 32767).astype(np.int16))
+
+    def write_clip(stream: int, split: str, i: int) -> tuple[str, str, str, str]:
+        rng = np.random.default_rng((seed, stream, i))
+        held_out = split == "test" and i >= test_clips // 2
+        shares = (0, 1, 0) if held_out else (0.25, 0.45, 0.3)  # alone, in sequence, together
+        pool = [s for s in (KINDS, SEQUENCES, TOGETHER)[rng.choice(3, p=shares)] if (s in HELD_OUT) == held_out]
+        scene = with_details(str(rng.choice(pool)), rng)
+        text = caption(scene, rng, unseen=split == "test" and rng.random() < 1 / 3)
+        path = f"wav/{split}-{i:05d}.wav"
+        wavfile.write(folder / path, SAMPLE_RATE, np.round(synthesise(scene, rng) * 32767).astype(np.int16))
+        return path, text, split, scene
+
+    clips = [(0, "train", i) for i in range(train_clips)] + [(1, "test", i) for i in range(test_clips)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy leaves other threads room while it computes
+        rows = list(pool.map(write_clip, *zip(*clips)))
     with open(folder / "manifest.csv.tmp", "w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(rows)
+        csv.writer(file).writerows([("audio_path", "caption", "split", "scene"), *rows])
     os.replace(folder / "manifest.csv.tmp", manifest)
     return manifest
 
@@ -253,7 +258,8 @@ def train_judge(path: Path | str | None = None, seed: int = 0, steps: int = 500,
                 return judge
     rngs = [np.random.default_rng((seed, 2, i)) for i in range(12 * len(SCENES))]  # the splits are streams 0 and 1
     target = torch.arange(len(rngs)) % len(SCENES)
-    wavs = [synthesise(with_details(SCENES[i], rng), rng) for i, rng in zip(target.tolist(), rngs)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        wavs = list(pool.map(lambda i, rng: synthesise(with_details(SCENES[i], rng), rng), target.tolist(), rngs))
     mels = torch.cat([mel_spectrogram(part) for part in torch.from_numpy(np.stack(wavs)).split(256)])
     threads, generator = torch.get_num_threads(), torch.Generator().manual_seed(seed)
     torch.set_num_threads(1)  # so small a network gains nothing from two, and crawls when another program holds one of them
