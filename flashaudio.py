@@ -264,9 +264,10 @@ class FrameAttention(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv1d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        q, k, v = (f(h).transpose(1, 2) for f in (self.q, self.k, self.v))      # (B, T, width)
-        return x + self.proj_out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+        h = self.norm(x).transpose(1, 2)                                        # (B, T, width)
+        q, k, v = (F.linear(h, f.weight.squeeze(2), f.bias) for f in (self.q, self.k, self.v))  # kernels of 1 are products
+        h = F.linear(F.scaled_dot_product_attention(q, k, v), self.proj_out.weight.squeeze(2), self.proj_out.bias)
+        return x + h.transpose(1, 2)
 
 
 class Downsample(nn.Module):
@@ -352,47 +353,46 @@ def vae_loss(vae: MelVAE, mel: Tensor, noise: Tensor, kl_weight: float) -> Tenso
 
 
 class TextEncoder(nn.Module):
-    """Bytes in, T5 encoder layers over words, one context token per word. Trained with the flow up to the 1-RF.
+    """Bytes in, transformer layers over words, one context token per word. Trained with the flow up to the 1-RF.
 
     A word is the sum of the embeddings of its bytes and of its 3, 4 and 5 byte pieces, looked up by hash (fastText, Bojanowski
-    et al. 2017), so that spelling need not be learnt by attention first. T5's attention is relative: what comes first in the
-    caption is told by turning each word by its place, as RoPE turns queries.
+    et al. 2017), so that spelling need not be learnt by attention first. What comes first in the caption is told by turning each
+    word by its place, as RoPE turns queries.
     Every caption takes N / 4 tokens and padding is attended to like any other token, here and in the backbone: that is how the
     public systems work, and what makes a context independent of the batch it was made in.
     """
-    PIECES, BUCKETS, SPACE = (3, 4, 5), 2048, 3 + ord(" ")
+    PIECES, BUCKETS, SPACE = (3, 4, 5), 2048, 1 + ord(" ")
     trained = True
 
     def __init__(self, config: TextConfig, width: int):
         super().__init__()
-        from transformers import ByT5Tokenizer, T5Config, T5EncoderModel
-        self.max_length, self.words, self.tokenizer = config.max_length, config.max_length // 4, ByT5Tokenizer()
-        self.model = T5EncoderModel(T5Config(
-            vocab_size=len(self.tokenizer), d_model=width, d_kv=width // config.heads, d_ff=2 * width,
-            num_layers=config.layers, num_heads=config.heads, dropout_rate=0.0))
-        self.pieces = nn.Embedding(len(self.PIECES) * self.BUCKETS, width)
+        self.max_length, self.words = config.max_length, config.max_length // 4
+        self.bytes, self.pieces = nn.Embedding(257, width), nn.Embedding(len(self.PIECES) * self.BUCKETS, width)
         nn.init.normal_(self.pieces.weight, std=0.3)
+        self.layers = nn.Sequential(*(nn.TransformerEncoderLayer(width, config.heads, 2 * width, dropout=0.0, activation="gelu",
+                                                                 batch_first=True, norm_first=True) for _ in range(config.layers)))
+        self.norm = nn.LayerNorm(width)
         half_turn = torch.arange(self.words)[:, None] * math.pi / self.words    # the fastest goes round by π over a caption
         self.register_buffer("turn", turns(half_turn * 2.0 ** (-torch.arange(width // 2) / (width / 8))), persistent=False)
 
     def tokenize(self, captions: list[str]) -> Tensor:
-        """Captions -> byte ids (B, max_length); padding is 0, byte b is b + 3."""
-        return self.tokenizer(captions, padding="max_length", truncation=True, max_length=self.max_length,
-                              return_attention_mask=False, return_tensors="pt").input_ids
+        """Captions -> byte ids (B, max_length); padding is 0, byte b is b + 1."""
+        ids = ([b + 1 for b in caption.encode()[:self.max_length]] for caption in captions)
+        return torch.tensor([row + [0] * (self.max_length - len(row)) for row in ids])
 
     def forward(self, captions: list[str] | Tensor) -> Tensor:
         """Captions, or their byte ids (B, max_length) -> context (B, N = max_length / 4, D)."""
-        ids = (captions if isinstance(captions, Tensor) else self.tokenize(captions)).to(self.model.device)
+        ids = (captions if isinstance(captions, Tensor) else self.tokenize(captions)).to(self.turn.device)
         word = (ids == self.SPACE).cumsum(1)                                    # the word that each byte belongs to
         pieces = []
         for i, n in enumerate(self.PIECES):
             last, same = (F.pad(u, (n - 1, 0), value=-1).unfold(1, n, 1) for u in (ids, word))      # (B, bytes, n)
-            power = 389 ** torch.arange(n, device=ids.device)                   # 389: a prime > 384 ids
+            power = 389 ** torch.arange(n, device=ids.device)                   # 389: a prime > 257 ids
             pieces.append((last * (same == word[..., None]) * power).sum(-1) % self.BUCKETS + i * self.BUCKETS)
-        x = self.model.shared(ids) + self.pieces(torch.stack(pieces, -1)).sum(-2)                   # (B, bytes, D)
+        x = self.bytes(ids) + self.pieces(torch.stack(pieces, -1)).sum(-2)          # (B, bytes, D)
         member = F.one_hot(word.clamp(max=self.words - 1), self.words) * (ids > 0)[..., None]       # (B, bytes, N)
         x = rotate(member.transpose(1, 2).to(x) @ x, self.turn)                 # (B, N, D)
-        return self.model(inputs_embeds=x).last_hidden_state
+        return self.norm(self.layers(x))
 
 
 class PretrainedText(nn.Module):

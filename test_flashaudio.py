@@ -403,7 +403,8 @@ def test_griffin_lim_keeps_the_mel_the_length_and_the_timing():
 def test_text_is_bytes_and_the_null_context_is_that_of_the_empty_caption():
     model = tiny_model()
     ids = model.text.tokenize(["aé", "", "x" * 100])
-    assert ids.shape == (3, 32) and ids[0, :4].tolist() == [97 + 3, 0xC3 + 3, 0xA9 + 3, 1] and ids[1].tolist() == [1] + [0] * 31
+    assert ids.shape == (3, 32) and ids[0, :4].tolist() == [97 + 1, 0xC3 + 1, 0xA9 + 1, 0] and ids[1].tolist() == [0] * 32
+    assert ids[2].tolist() == [ord("x") + 1] * 32
     torch.testing.assert_close(model.text(["rain", ""])[1:], model.text([""]))
 
 
