@@ -51,10 +51,10 @@ class Flags:
     ema: float = flag(0.995, "decay of the weight average that is saved and sampled from; 0 is off")
     grad_clip: float = flag(1.0, "largest gradient norm")           # public code
     vae_steps: int = flag(1800, "steps of stage vae")
-    cfm_steps: int = flag(2300, "steps of stage cfm")
+    cfm_steps: int = flag(1900, "steps of stage cfm")
     rf1_steps: int = flag(200, "steps of stage rf1")
-    rf2_steps: int = flag(1000, "steps of stage rf2")
-    distill_steps: int = flag(1300, "steps of stage distill")
+    rf2_steps: int = flag(600, "steps of stage rf2")
+    distill_steps: int = flag(480, "steps of stage distill")
     kl_weight: float = flag(3e-3, "weight of the VAE's KL term")     # ours: large enough for a smooth latent
     caption_dropout: float = flag(0.2, "share of captions replaced by '' in training")   # public code
     sigma_min: float = flag(1e-4, "noise left in the data end of stage cfm")             # public code
@@ -69,10 +69,10 @@ class Flags:
     c2ot_weight: float = flag(0.1, "weight of the distance of contexts under c2ot")  # at toy size a quarter of the noise stays
     pairing_reflow: str = flag("off", "Eq. 9 in stage rf2: off; the noise, before the ODE; or the finished couplings, literally",
                                choices=("off", "before", "literal"))
-    couplings: int = flag(1000, "(noise, sample) pairs that rf2 is trained on")
-    distill_couplings: int = flag(6000, "pairs that distill is trained on")      # cheap, and with 2400 it learnt them by heart
-    coupling_steps: int = flag(7, "Euler steps per pair for rf2")
-    distill_coupling_steps: int = flag(4, "Euler steps per pair for distill; the paths of the 2-RF are almost straight")
+    couplings: int = flag(700, "(noise, sample) pairs that rf2 is trained on")
+    distill_couplings: int = flag(3000, "pairs that distill is trained on")      # cheap; few, seen often, are learnt by heart
+    coupling_steps: int = flag(6, "Euler steps per pair for rf2")
+    distill_coupling_steps: int = flag(3, "Euler steps per pair for distill; the paths of the 2-RF are almost straight")
     guidance: float = flag(3.0, "ω of the couplings of stage rf2")  # not in the paper
     distill_guidance: float = flag(1.0, "ω of the couplings of stage distill")   # the 2-RF learnt guided samples: once is enough
     rectify: str = flag("anchored", "how guidance is kept in bounds", choices=("anchored", "cfg_zero", "plain"))
