@@ -116,7 +116,7 @@ class FlashAudioConfig:
 
 
 PRESETS: dict[str, FlashAudioConfig] = {
-    # ours: 2.048 s, about 5M parameters, trained on a laptop CPU in minutes
+    # ours: 2.048 s, 4M parameters, trained on a laptop CPU in minutes
     "toy": FlashAudioConfig(
         VAEConfig(channels=64, channel_mult=(1, 1, 1), res_blocks=1, down_levels=(0, 1), norm_groups=4),
         DiTConfig(context_dim=128, hidden_size=192, num_heads=6, depth=3, max_len=256, absolute_positions=True),
