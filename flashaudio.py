@@ -389,7 +389,7 @@ class TextEncoder(nn.Module):
             last, same = (F.pad(u, (n - 1, 0), value=-1).unfold(1, n, 1) for u in (ids, word))      # (B, bytes, n)
             power = 389 ** torch.arange(n, device=ids.device)                   # 389: a prime > 257 ids
             pieces.append((last * (same == word[..., None]) * power).sum(-1) % self.BUCKETS + i * self.BUCKETS)
-        x = self.bytes(ids) + self.pieces(torch.stack(pieces, -1)).sum(-2)          # (B, bytes, D)
+        x = self.bytes(ids) + self.pieces(torch.stack(pieces, -1)).sum(-2)                          # (B, bytes, D)
         member = F.one_hot(word.clamp(max=self.words - 1), self.words) * (ids > 0)[..., None]       # (B, bytes, N)
         x = rotate(member.transpose(1, 2).to(x) @ x, self.turn)                 # (B, N, D)
         return self.norm(self.layers(x))

@@ -197,8 +197,8 @@ def write_toy_set(folder: Path | str, train_clips: int = 2400, test_clips: int =
         return path, text, split, scene
 
     clips = [(0, "train", i) for i in range(train_clips)] + [(1, "test", i) for i in range(test_clips)]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy leaves other threads room while it computes
-        rows = list(pool.map(write_clip, *zip(*clips)))
+    with ThreadPoolExecutor(os.cpu_count()) as workers:  # numpy leaves other threads room while it computes
+        rows = list(workers.map(write_clip, *zip(*clips)))
     with open(folder / "manifest.csv.tmp", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("audio_path", "caption", "split", "scene"), *rows])
     os.replace(folder / "manifest.csv.tmp", manifest)
@@ -258,8 +258,8 @@ def train_judge(path: Path | str | None = None, seed: int = 0, steps: int = 500,
                 return judge
     rngs = [np.random.default_rng((seed, 2, i)) for i in range(12 * len(SCENES))]  # the splits are streams 0 and 1
     target = torch.arange(len(rngs)) % len(SCENES)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        wavs = list(pool.map(lambda i, rng: synthesise(with_details(SCENES[i], rng), rng), target.tolist(), rngs))
+    with ThreadPoolExecutor(os.cpu_count()) as workers:
+        wavs = list(workers.map(lambda i, rng: synthesise(with_details(SCENES[i], rng), rng), target.tolist(), rngs))
     mels = torch.cat([mel_spectrogram(part) for part in torch.from_numpy(np.stack(wavs)).split(256)])
     threads, generator = torch.get_num_threads(), torch.Generator().manual_seed(seed)
     torch.set_num_threads(1)  # so small a network gains nothing from two, and crawls when another program holds one of them
