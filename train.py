@@ -53,8 +53,8 @@ class Flags:
     vae_steps: int = flag(900, "steps of stage vae")
     cfm_steps: int = flag(1500, "steps of stage cfm")
     rf1_steps: int = flag(200, "steps of stage rf1")
-    rf2_steps: int = flag(750, "steps of stage rf2")
-    distill_steps: int = flag(600, "steps of stage distill")
+    rf2_steps: int = flag(600, "steps of stage rf2")
+    distill_steps: int = flag(480, "steps of stage distill")
     kl_weight: float = flag(3e-2, "weight of the VAE's KL term")     # ours: large enough for a smooth latent
     caption_dropout: float = flag(0.2, "share of captions replaced by '' in training")   # public code
     sigma_min: float = flag(1e-4, "noise left in the data end of stage cfm")             # public code
@@ -69,8 +69,8 @@ class Flags:
     c2ot_weight: float = flag(0.1, "weight of the distance of contexts under c2ot")  # at toy size a quarter of the noise stays
     pairing_reflow: str = flag("off", "Eq. 9 in stage rf2: off; the noise, before the ODE; or the finished couplings, literally",
                                choices=("off", "before", "literal"))
-    couplings: int = flag(800, "(noise, sample) pairs that rf2 is trained on")
-    distill_couplings: int = flag(4000, "pairs that distill is trained on")      # cheap; few, seen often, are learnt by heart
+    couplings: int = flag(700, "(noise, sample) pairs that rf2 is trained on")
+    distill_couplings: int = flag(3000, "pairs that distill is trained on")      # cheap; few, seen often, are learnt by heart
     coupling_steps: int = flag(6, "Euler steps per pair for rf2")
     distill_coupling_steps: int = flag(3, "Euler steps per pair for distill; the paths of the 2-RF are almost straight")
     guidance: float = flag(3.0, "ω of the couplings of stage rf2")  # not in the paper
