@@ -898,13 +898,19 @@ def test_training_starts_where_the_decoder_hears_the_latent():
     model, mel = FlashAudio(fa.PRESETS["toy"]), 1.7 * torch.randn(8, 80, 64, generator=rng()) - 3
     band = mel.mean((0, 2))
     train.initialize(model, band)
-    mean, logvar = model.vae.encode(mel)
+    vae, blocks = model.vae, model.dit.blocks
+    mean, logvar = vae.encode(mel)
     assert 0.5 < mean.std() < 2 and torch.equal(logvar, torch.full_like(logvar, -4.0))
-    nothing, latent = model.vae.decode(torch.zeros_like(mean)), model.vae.decode(mean)
+    nothing, latent = vae.decode(torch.zeros_like(mean)), vae.decode(mean)
     assert torch.allclose(nothing, band[:, None].expand_as(nothing)) and 0.5 < (latent - nothing).std() < 3
+    assert vae.encoder.conv_in(band[None, :, None].expand(1, 80, 16))[..., 2:-2].abs().max() < 1e-4     # the mean mel is 0 to the encoder
+    for layer in vae.modules():                     # residual branches add nothing yet
+        if isinstance(layer, (fa.ResidualBlock, fa.FrameAttention)):
+            x = torch.randn(2, 64, 8, generator=rng())
+            assert torch.equal(layer(x), x)
     z, t, c = torch.randn(2, 20, 8, generator=rng()), torch.rand(2, generator=rng()), torch.randn(2, 4, 128, generator=rng())
-    assert not model.dit(z, t, c).any()             # the flow still starts from 0, with its gates open
-    assert all((block.adaLN_modulation[1].bias.view(6, -1)[[2, 5]] == 0.5).all() for block in model.dit.blocks)
+    assert not model.dit(z, t, c).any()             # the flow still starts from 0, with its gates half open
+    assert all((b.adaLN_modulation[1].bias.view(6, -1)[[2, 5]] == 0.5).all() and (b.attention.gate == 0.5).all() for b in blocks)
 
 
 @pytest.mark.parametrize("ema, kept", [(0.0, 0.0), (0.05, 0.05), (0.995, 0.1)])     # the memory is short at first: 1/10 after one step

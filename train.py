@@ -249,7 +249,7 @@ def initialize(model: FlashAudio, mean: Tensor) -> None:
     nn.init.constant_(vae.quant_conv.bias[width:], -4.0)                        # log-variance: a std of 0.14
     vae.encoder.conv_in.bias -= vae.encoder.conv_in.weight.sum(2) @ mean
     vae.decoder.conv_out.bias.copy_(mean)
-    for block in model.dit.blocks:                  # gates half open: that of the text, from 0, had not opened after 1000 steps
+    for block in model.dit.blocks:                  # half open: at toy size the gate of the text, from 0, had not opened after 1000 steps
         nn.init.constant_(block.attention.gate, 0.5)
         nn.init.constant_(block.adaLN_modulation[1].bias.view(6, -1)[2::3], 0.5)
 
