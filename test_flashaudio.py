@@ -1230,10 +1230,14 @@ def test_a_browser_plays_the_page(trained, tmp_path):
             await Promise.all(players.map(a => a.readyState || new Promise(done => a.onloadedmetadata = a.onerror = done)))
             await Promise.all(pictures.map(i => (i.loading = "eager", i.decode().catch(() => 0))))
             document.title = JSON.stringify([players.map(a => a.duration), pictures.map(i => i.naturalWidth)])})</script>""")
-    done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
-                           "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
-                           "--virtual-time-budget=30000", "--dump-dom", (tmp_path / "listen/index.html").as_uri()], capture_output=True, text=True)
-    players, pictures = json.loads(done.stdout.split("<title>")[1].split("</title>")[0])
+    for _ in range(3):                              # on a busy machine the browser's own clock may run out before the files are read
+        done = subprocess.run(["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+                               "--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr",
+                               "--virtual-time-budget=30000", "--dump-dom", (tmp_path / "listen/index.html").as_uri()], capture_output=True, text=True)
+        title = done.stdout.split("<title>")[1].split("</title>")[0]
+        if title.startswith("["):
+            break
+    players, pictures = json.loads(title)
     assert players == [2.048] * 78 and pictures == [128] * 78 and "CONSOLE" not in done.stderr
 
 
