@@ -1,0 +1,295 @@
+"""Sounds in: the clips of a manifest or a folder -> mels, latents, contexts.
+
+Each is computed once, kept in the run's cache/ under the name of what it was computed from, and
+read through a memory map.
+"""
+
+import json
+import math
+import mmap
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Callable
+
+import numpy as np
+import soundfile
+import torch
+from scipy.signal import resample_poly
+from torch import Tensor
+
+from data.rows import read_folder, read_manifest
+from flashaudio import HOP, SAMPLE_RATE, FlashAudio, InputError, mel_spectrogram
+from runs.cache import bar, blocks, cached, digest, release, write_atomically
+from runs.processes import barrier, rank_and_world
+
+# libsndfile's log of a file whose header promises more sound than there is
+CUT_SHORT = re.compile(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+WRITTEN_TO_A_PIPE = 0x7F000000      # bytes; so large a promise means "not known yet"
+
+
+def open_audio(path: str | Path) -> soundfile.SoundFile:
+    """The file, opened by its content, whatever its name says."""
+    file = soundfile.SoundFile(path)
+    if file.format != "WAV" or file.frames > 0:
+        return file
+    with open(path, "rb") as f:             # a copy in memory is repaired, page by page
+        raw = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = raw.find(b"data\0\0\0\0") + 8
+    if start < 8:
+        return file
+    size = min(len(raw) - start, 2 ** 32 - 1)       # written to a pipe: all that follows is sound
+    raw[start - 4:start] = size.to_bytes(4, "little")
+    return soundfile.SoundFile(raw)
+
+
+def read_samples(path: str | Path, seconds: float) -> tuple[np.ndarray, int]:
+    """The first seconds of a file, (n, channels) float32, and their rate in Hz."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
+    try:
+        with open_audio(path) as file:
+            frames = math.ceil(min(seconds * file.samplerate, file.frames))
+            samples = file.read(frames, "float32", always_2d=True)
+            promise = CUT_SHORT.search(file.extra_info)
+            rate = file.samplerate
+    except Exception as e:                  # decoders raise all kinds; a person needs one line
+        reason = " ".join(str(getattr(e, "error_string", e)).split()) or type(e).__name__
+        raise InputError(f"{path}: cannot be read as audio ({reason.rstrip('.')}): cut short, or "
+                         "to be converted to WAV or FLAC") from e
+    if promise and int(promise[1]) < WRITTEN_TO_A_PIPE:
+        raise InputError(f"{path}: cut short: holds {promise[2]} of {promise[1]} bytes of sound")
+    if len(samples) < frames:
+        raise InputError(f"{path}: cut short: {len(samples)} of {frames} samples can be read")
+    return samples, rate
+
+
+def load_audio(path: str | Path, samples: int | None = None) -> Tensor:
+    """An audio file -> mono float32 waveform (samples,) in [-1, 1] at 16 kHz.
+
+    With `samples` it is cut or repeated to that length, and only so much of the file is read.
+    Raises InputError, in one line, for what cannot be read whole or holds no sound.
+    """
+    seconds = math.inf if samples is None else samples / SAMPLE_RATE + 0.1
+    channels, rate = read_samples(path, seconds)
+    if not 1000 <= rate <= 1_000_000:
+        raise InputError(f"{path}: says that it has {rate} samples a second")
+    if not channels.size:
+        raise InputError(f"{path}: holds no samples")
+    if not np.isfinite(channels).all():
+        raise InputError(f"{path}: holds NaN or infinite samples")
+    peaks = np.abs(channels).max(0)
+    if peaks.max() > 8:
+        raise InputError(f"{path}: floating-point samples up to {peaks.max():.0f}, where 1 is full "
+                         "scale: divide them by their full scale and save the file again")
+    mono = channels.mean(1)
+    if np.abs(mono).max() < 0.01 * peaks.max():     # opposite phases that cancel each other out
+        mono = channels[:, peaks.argmax()]
+    if rate != SAMPLE_RATE:
+        common = math.gcd(rate, SAMPLE_RATE)
+        mono = resample_poly(mono, SAMPLE_RATE // common, rate // common)
+    wav = torch.tensor(mono).clamp(-1, 1)           # the filter overshoots at full scale
+    if samples is None:
+        return wav
+    return wav.repeat(math.ceil(samples / len(wav)))[:samples]
+
+
+@lru_cache(maxsize=2)
+def order(n: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def batch_indices(n: int, size: int, step: int, seed: int) -> np.ndarray:
+    """Which of n clips are in this step: each once per epoch, in an order of epoch and seed."""
+    places = range(step * size, (step + 1) * size)
+    return np.array([order(n, place // n, seed)[place % n] for place in places])
+
+
+def in_threads(work: Callable, items: list, text: str):
+    """(item, work(item)) for each; so few are begun at a time that Ctrl-C is answered soon."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in bar(range(0, len(items), 64), text, unit="block"):
+            block = items[start:start + 64]
+            yield from zip(block, pool.map(work, block))
+
+
+def report(manifest: Path, problems: list[str], total: int) -> None:
+    """Say what is left out. Raises InputError where that is more than a tenth of the clips."""
+    for line in problems[:10]:
+        print(f"skipped: {line}")
+    if problems:
+        print(f"skipped {len(problems)} of {total} clips")
+    if len(problems) > 0.1 * total:
+        raise InputError(f"{manifest}: {len(problems)} of {total} clips are bad, more than 10%; "
+                         f"the first: {problems[0]}")
+
+
+class Clips:
+    """The clips of a manifest or a folder, without those that cannot be used.
+
+    rows, captions: one for each clip. train, validation, test: numbers of rows. mels (F, 80, T):
+    one for each distinct file; row i has the one at file[i]. key: what all this was read from.
+    Raises InputError where there are none to train on, or more than a tenth cannot be used.
+    """
+
+    def __init__(self, manifest: Path, cache: Path, frames: int):
+        self.cache = cache
+        folder = manifest.is_dir()
+        rows, problems = read_folder(manifest) if folder else read_manifest(manifest)
+        total = len(rows) + len(problems)
+        contents = self.contents([row["audio_path"] for row in rows])
+        for row in rows:
+            row["content"] = contents[row["audio_path"]]
+            if not row["content"]:
+                problems.append(f"{row['audio_path']}: no such file, or not to be opened")
+        if len(problems) > 0.1 * total:         # before hours of work
+            report(manifest, problems, total)
+        files = {}
+        for row in rows:
+            if row["content"]:
+                files.setdefault(row["content"], row["audio_path"])
+        if not files:
+            raise InputError(f"{manifest}: holds no usable clips")
+        self.files_key = digest(list(files), frames)
+        self.mels, unreadable = self.mels_of(files, frames)
+        self.rows = []
+        for row in rows:
+            if row["content"] in unreadable:
+                problems.append(f"{row['audio_path']}: {unreadable[row['content']]}")
+            elif row["content"]:
+                self.rows.append(row)
+        report(manifest, problems, total)
+
+        self.captions = [row["caption"] for row in self.rows]
+        places = {content: i for i, content in enumerate(files)}
+        self.file = np.array([places[row["content"]] for row in self.rows])
+        splits = [row["split"] for row in self.rows]
+        self.key = digest([row["content"] for row in self.rows], self.captions, splits, frames)
+        self.train = np.flatnonzero(np.array(splits) == "train")
+        self.validation = np.flatnonzero(np.array(splits) == "validation")
+        self.test = np.flatnonzero(np.array(splits) == "test")
+        if folder:
+            for row in self.rows[:5]:
+                print(f"{row['audio_path']}: {row['caption']}")
+        print(f"clips: {len(self.train)} to train on, {len(self.validation)} validation, "
+              f"{len(self.test)} test")
+        if not len(self.train):
+            raise InputError(f"{manifest}: every row has another split, so nothing is left to "
+                             "train on")
+
+    def contents(self, paths: list[str]) -> dict[str, str]:
+        """{path: digest of what the file holds, "" where it cannot be opened}.
+
+        A file of the same path, size and time as at the last start is not read again.
+        """
+        notes = self.cache / "files.json"
+        first = rank_and_world()[0] == 0
+        if not first:
+            barrier()                           # until the first process has written its notes
+        known = json.loads(notes.read_text()) if notes.exists() else {}
+
+        def look(path: str) -> list:
+            if not os.path.isfile(path):
+                return [0, 0, ""]
+            now = [os.path.getsize(path), os.stat(path).st_mtime_ns]
+            noted = known.get(os.path.abspath(path), [])
+            try:
+                return noted if noted[:2] == now else [*now, digest(Path(path))]
+            except OSError:
+                return [0, 0, ""]
+
+        seen = dict(in_threads(look, sorted(set(paths)), "files"))
+        if first:
+            found = {os.path.abspath(path): note for path, note in seen.items() if note[2]}
+            if found != known:
+                self.cache.mkdir(parents=True, exist_ok=True)
+                write_atomically(notes, json.dumps(found).encode())
+            barrier()
+        return {path: note[2] for path, note in seen.items()}
+
+    def mels_of(self, files: dict[str, str], frames: int) -> tuple[np.ndarray, dict[str, str]]:
+        """Mels (F, 80, frames) of {content: path}, and {content: why it cannot be read}."""
+        cache = self.cache / f"mels-{self.files_key}.npy"
+        contents = list(files)
+
+        def mel(i: int) -> np.ndarray | str:
+            path = files[contents[i]]
+            try:
+                wav = load_audio(path, HOP * frames)
+            except InputError as e:
+                return str(e).removeprefix(f"{path}: ")
+            return mel_spectrogram(wav[None])[0].numpy()
+
+        def fill(array: np.ndarray) -> None:
+            if rank_and_world()[0]:
+                return
+            unreadable = {}
+            # the others were done by a run that was interrupted; no log-mel is 0 to the bit
+            left = [i for i in range(len(files)) if array[i, -1, -1] == 0]
+            threads = torch.get_num_threads()
+            torch.set_num_threads(1)            # a processor for each file, not all for one
+            for i, made in in_threads(mel, left, "mels"):
+                if isinstance(made, str):
+                    unreadable[contents[i]] = made
+                else:
+                    array[i] = made
+                if i % 64 == 63:
+                    release(array)
+            torch.set_num_threads(threads)
+            write_atomically(cache.with_suffix(".json"), json.dumps(unreadable).encode())
+
+        mels = cached(cache, (len(files), 80, frames), fill)
+        return mels, json.loads(cache.with_suffix(".json").read_text())
+
+    @property
+    def has_test(self) -> bool:
+        return len(self.test) > 0
+
+    def some(self, n: int, seed: int) -> np.ndarray:
+        """Numbers of n rows to train on, in the seed's order; all come before one comes again."""
+        return self.train[batch_indices(len(self.train), n, 0, seed)]
+
+    def some_mels(self, seed: int) -> np.ndarray:
+        """Mels (up to 1024, 80, T), for what is measured over the training set."""
+        return self.mels[self.file[self.some(min(1024, len(self.train)), seed)]]
+
+    def held_out(self, clips: int) -> np.ndarray:
+        """Numbers of rows to judge by: of the test split, of training where there is none.
+
+        Drawn in an order that is always the same; of no file a second row before all have one.
+        """
+        rows = np.random.default_rng(0).permutation(self.test if self.has_test else self.train)
+        _, first = np.unique(self.file[rows], return_index=True)
+        again = np.setdiff1d(np.arange(len(rows)), first)
+        return rows[np.concatenate([np.sort(first), again])][:clips]
+
+    @torch.no_grad()
+    def latents(self, model: FlashAudio) -> np.ndarray:
+        """Mean and std of the VAE's posterior for each of the mels, (F, 2, C, L)."""
+        def fill(array: np.ndarray) -> None:
+            for i in blocks(array, 32, "latents"):
+                mel = torch.tensor(self.mels[i:i + 32], device=model.device)
+                mean, logvar = model.vae.encode(mel)
+                array[i:i + 32] = torch.stack([mean, (logvar / 2).exp()], 1).cpu().numpy()
+
+        cache = self.cache / f"latents-{digest(self.files_key, model.vae)}.npy"
+        return cached(cache, (len(self.mels), 2, *model.latent_shape()), fill)
+
+    @torch.no_grad()
+    def contexts(self, model: FlashAudio) -> tuple[np.ndarray, np.ndarray]:
+        """The contexts (U, N, D) of the distinct captions, "" first, and each row's place there."""
+        distinct = ["", *sorted(set(self.captions))]
+        places = {caption: i for i, caption in enumerate(distinct)}
+
+        def fill(array: np.ndarray) -> None:
+            for i in blocks(array, 64, "contexts"):
+                array[i:i + 64] = model.text(distinct[i:i + 64]).float().cpu().numpy()
+
+        key = digest(distinct, model.text, asdict(model.config.text))
+        shape = (len(distinct), *model.text([""]).shape[1:])
+        dtype = np.float32 if model.text.trained else np.float16    # large encoders: gigabytes
+        contexts = cached(self.cache / f"contexts-{key}.npy", shape, fill, dtype)
+        return contexts, np.array([places[caption] for caption in self.captions])

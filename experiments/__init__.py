@@ -1,0 +1,1 @@
+"""Scripts that call train.py's stages with other functions, and measure what comes of it."""

@@ -1,0 +1,1 @@
+"""Other people's weights: public checkpoints and vocoders."""
