@@ -48,18 +48,18 @@ class Flags:
     rf1_steps: int = flag(200, "steps of stage rf1")
     rf1_lr: float = flag(5e-4, "its peak learning rate")                # a large one undoes the CFM
     # rf2: reflow. Of its couplings the paper says nothing but Eq. 10-11
-    rf2_couplings: int = flag(700, "(noise, sample) pairs that rf2 is trained on")
-    rf2_coupling_steps: int = flag(6, "Euler steps a pair")
+    rf2_couplings: int = flag(2000, "(noise, sample) pairs that rf2 is trained on")
+    rf2_coupling_steps: int = flag(10, "Euler steps a pair")
     rf2_guidance: float = flag(3.0, "ω of the pairs")                   # the public sampler's
     rf2_anchor_steps: int = flag(1, "anchored optimisation: iterations a step; 0 is off", low=0)
     rf2_anchor_lr: float = flag(1e-2, "its learning rate at t = 0")     # null-text inversion
     rf2_anchor_tol: float = flag(1e-5, "loss at t = 0 below which a sample is left alone")
-    rf2_steps: int = flag(600, "steps of stage rf2")
+    rf2_steps: int = flag(1200, "steps of stage rf2")
     # distill
-    distill_couplings: int = flag(3000, "pairs that distill is trained on")   # few: by heart
-    distill_coupling_steps: int = flag(3, "Euler steps a pair")         # paths are almost straight
+    distill_couplings: int = flag(6000, "pairs that distill is trained on")   # few: by heart
+    distill_coupling_steps: int = flag(8, "Euler steps a pair")
     distill_guidance: float = flag(1.0, "ω of the pairs")               # the 2-RF has learnt ω
-    distill_steps: int = flag(480, "steps of stage distill")
+    distill_steps: int = flag(1000, "steps of stage distill")
     # how it is judged and saved
     eval_clips: int = flag(160, "held-out captions in stage eval", low=2)
     judge: str = flag("", "of stage eval: CLAP, for fd and CLAP score, and after a comma AST, for "
@@ -109,6 +109,7 @@ import flashaudio as fa
 from data import toy
 from data.clips import Clips, batch_indices
 from evaluation.evaluate import evaluate
+from evaluation.judges import check_judge
 from evaluation.listen import draw_losses, hear
 from flashaudio import FlashAudio
 from pretrained import make_an_audio, vocoders
@@ -422,6 +423,8 @@ def open_run(flags: Flags):
             source = toy.write_toy_set(out / "data") if first else out / "data" / "manifest.csv"
         barrier()
         data = Clips(source, out / "cache", fa.PRESETS[flags.preset].frames)
+        if flags.stage in ("all", "eval"):
+            check_judge(flags.judge, data)
         yield Run(flags, data, device, vocoders.load(flags.vocoder, str(device)))
 
 

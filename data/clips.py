@@ -189,7 +189,10 @@ class Clips:
         first = rank_and_world()[0] == 0
         if not first:
             barrier()                           # until the first process has written its notes
-        known = json.loads(notes.read_text()) if notes.exists() else {}
+        try:
+            known = json.loads(notes.read_text())
+        except (OSError, ValueError):
+            known = {}
 
         def look(path: str) -> list:
             if not os.path.isfile(path):

@@ -1,7 +1,8 @@
 """The toy set: captioned sounds made from formulas, and a judge that hears what a clip holds.
 
-`python -m data.toy --out toy_set` writes toy_set/wav/*.wav and toy_set/manifest.csv. A *scene* says
-what sounds in a clip, as a short string:
+`python -m data.toy --out toy_set` writes toy_set/wav/*.wav and toy_set/manifest.csv. The judge is kept
+in judge.safetensors, made by `python -c "from data import toy; toy.train_judge(toy.JUDGE)"`.
+A *scene* says what sounds in a clip, as a short string:
 
     "bell"               one sound alone; it fills the clip
     "bell>rain"          two in sequence, one in each half of the clip
@@ -28,13 +29,13 @@ from tqdm import trange
 
 from flashaudio import SAMPLE_RATE, InputError, mel_spectrogram
 
-CLIP_SECONDS = 2.048  # long enough for two sounds, short enough for a laptop; 128 mel frames
-SAMPLES = 32768       # in a clip
-FADE = 640            # samples (40 ms) at both ends of a sound, also where two meet: no clicks
-LOUDNESS = 0.13       # RMS of a sound's loudest 64 ms; peaks of noise, four times that, fit in
-CAPTION_BYTES = 60    # the text encoder cuts at 64 tokens of one byte each
-JUDGE_BAR = 0.95      # accuracy on real clips below which the judge refuses to judge
-VERSION = 4           # increase it when sounds or judge change: then both are made again
+SAMPLES = 32768     # in a clip: 2.048 s or 128 mel frames, enough for two sounds and for a laptop
+FADE = 640          # samples (40 ms) at both ends of a sound, also where two meet: no clicks
+LOUDNESS = 0.13     # RMS of a sound's loudest 64 ms; peaks of noise, four times that, fit in
+CAPTION_BYTES = 60  # the text encoder cuts at 64 tokens of one byte each
+JUDGE_BAR = 0.95    # accuracy on real clips below which the judge refuses to judge
+VERSION = 4         # increase it when sounds or judge change: then both are made again
+JUDGE = Path(__file__).with_name("judge.safetensors")
 
 PHRASES = {  # every kind of sound, and what captions call it
     "tone": ("a {} tone", "a {} note"),
@@ -131,8 +132,8 @@ def sound(kind: str, detail: str, t: np.ndarray, rng: np.random.Generator) -> np
             return wav
         case "wind":  # gusts that get brighter as they swell
             gust = 1 + np.sin(2 * np.pi * (draw(0.6, 1) * t + draw()))
-            low = (0.2 + gust) * band_noise(rng, n, 120, 450)
-            return low + 0.5 * gust ** 2 * band_noise(rng, n, 450, 900)
+            wav = (0.2 + gust) * band_noise(rng, n, 120, 450)
+            return wav + 0.5 * gust ** 2 * band_noise(rng, n, 450, 900)
         case "engine":  # one explosion after another
             fire = np.exp(2 * np.cos(2 * np.pi * draw(9, 13) * t) - 2)
             hum = harmonics(steady * draw(55, 85), [1, 1, 0.7, 0.5])

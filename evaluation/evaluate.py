@@ -15,7 +15,7 @@ from torch import Tensor
 
 import flashaudio as fa
 from data.clips import load_audio
-from evaluation.judges import NearestClip, ToyJudge, make_judge, public_name
+from evaluation.judges import NearestClip, ToyJudge, make_judge
 from evaluation.listen import save_clip, write_page
 from flashaudio import FlashAudio
 from runs.cache import bar, write_atomically
@@ -30,6 +30,30 @@ NAMES = {"cfm": "CFM", "rf1": "1-RF", "rf2": "2-RF", "distill": "distilled"}
 STORY = """The real clip, then what each model makes of its caption, from the same noise. CFM needs
 many steps. The 1-RF is trained on from it, the 2-RF on what the 1-RF makes, and the distilled model
 on what the 2-RF makes, until one step is enough."""
+
+
+CARD = """---
+library_name: flashaudio
+pipeline_tag: text-to-audio
+tags: [rectified-flow, text-to-audio]
+---
+
+# flashaudio, stage {stage}
+
+Text to audio at 16 kHz with rectified flows (FlashAudio, Liu et al., ACL 2025). In the folder of
+the flashaudio code:
+
+```python
+import pretrained.text                              # for frozen text encoders
+from flashaudio import FlashAudio
+model = FlashAudio.from_pretrained("<this folder, or its hub id>")
+wav = model.generate("a bell followed by rain", steps={steps}, seed=0)
+```
+
+Preset {preset}, seed {seed}. The models of its run, judged by {judge}. {remarks}
+
+{table}
+"""
 
 
 @dataclass
@@ -147,51 +171,13 @@ def print_table(results: dict) -> None:
           "and evaluation")
 
 
-def model_card(notes: dict, results: dict) -> str:
-    """README.md of a model: what it is, how to load it, what it was trained on, its run's table."""
-    stage = notes["stage"]
-    flags = notes["flags"]
-    steps = 1 if stage == "distill" else 24
-    example = f'wav = model.generate(["a bell followed by rain"], steps={steps}, seed=0)'
-    if stage == "vae":                  # its text and flow are untrained
-        example = "mel = model.decode(model.encode(mel))       # log10, (B, 80, T)"
-    begin = "from flashaudio import FlashAudio"
-    start = "new weights"
-    stages = STAGES
-    if flags["init"] or flags["text"] != "bytes":
-        begin = "import pretrained.text              # knows its text encoder\n" + begin
-    if flags["init"]:
-        start = public_name(flags["init"])
-        stages = STAGES[2:]
-    trained = ", ".join(f"{name} {flags[name + '_steps']}" for name in stages)
+def model_card(stage: str, results: dict) -> str:
+    """README.md of a model: how to load it, and the table of its run. Holds no local path."""
     lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, results["rows"])]
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"""---
-library_name: flashaudio
-pipeline_tag: text-to-audio
-tags: [rectified-flow, text-to-audio]
----
-
-# flashaudio, stage {stage}
-
-Text to audio at 16 kHz with rectified flows (FlashAudio, Liu et al., ACL 2025).
-To load this model, run Python in the folder of the flashaudio code:
-
-```python
-{begin}
-model = FlashAudio.from_pretrained("<this folder, or its hub id>")
-{example}
-```
-
-Data: `{Path(flags["data"]).absolute().name}`. Preset: {flags["preset"]}.
-Starting point: {start}. Text encoder: {public_name(flags["text"])}.
-Steps of training: {trained}. Seed: {flags["seed"]}.
-
-The run's models, judged by {results["rows"][0]["judge"]} ({results["hardware"]}).
-{" ".join(results["remarks"])}
-
-{table}
-"""
+    return CARD.format(stage=stage, steps=1 if stage == "distill" else 24, table=table,
+                       judge=results["rows"][0]["judge"], remarks=" ".join(results["remarks"]),
+                       preset=results["config"]["preset"], seed=results["seed"])
 
 
 @torch.no_grad()
@@ -209,8 +195,8 @@ def evaluate(run: Run) -> None:
                "hardware": hardware(run.device), "seconds": round(seconds, 1),
                "remarks": remarks(run, table)}
     write_atomically(run.out / "results.json", json.dumps(results, indent=2).encode())
-    for stage, held in notes.items():
-        write_atomically(run.folder(stage) / "README.md", model_card(held, results).encode())
+    for stage in notes:
+        write_atomically(run.folder(stage) / "README.md", model_card(stage, results).encode())
     text = " ".join([*results["remarks"], STORY])
     length = run.data.mels.shape[2] * fa.HOP / fa.SAMPLE_RATE                   # seconds
     page = write_page(run.out / "listen", f"flashaudio: {run.out.name}", text, table.clips, length)

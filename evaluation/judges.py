@@ -5,7 +5,6 @@ other waveforms for these rows. It returns {"fd", "kl", "accuracy", "measured", 
 cannot tell is None. `real` (N, E) is its embedding of the real clips, from which fd is measured.
 """
 
-import re
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import Tensor
 import flashaudio as fa
 from data import toy
 from data.clips import Clips
+from flashaudio import InputError
 from pretrained.text import hub_model
 from runs.run import Run
 
@@ -30,7 +30,7 @@ class ToyJudge:
     def __init__(self, data: Clips, rows: np.ndarray, wav: Tensor):
         self.scenes = [data.rows[i]["scene"] for i in rows]
         self.classes = torch.tensor([toy.scene_index(scene) for scene in self.scenes])
-        self.judge = toy.train_judge(data.cache / "judge.safetensors", progress=sys.stderr.isatty())
+        self.judge = toy.train_judge(toy.JUDGE, progress=sys.stderr.isatty())
         toy.check_judge(self.judge, wav, self.scenes)       # refuses to judge below its bar
         self.real, self.real_posterior = self.judge.judge(wav)
 
@@ -81,7 +81,7 @@ class PublicJudge(NearestClip):
                  device: torch.device):
         import transformers as hf
         super().__init__(data, rows, wav)
-        self.name = public_name(models)
+        self.name = ",".join(Path(m).name if Path(m).exists() else m for m in models.split(","))
         self.device = device
         clap, _, ast = models.partition(",")
         self.clap = hub_model(hf.ClapModel, clap).to(device).eval()
@@ -126,16 +126,6 @@ def pooled(output) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def public_name(sources: str) -> str:
-    """What others may read of where models are: hub ids as they are, of a path its last part."""
-    names = []
-    for source in sources.split(","):
-        hub_id = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*(:[\w./-]+)?)?", source)
-        on_disk = not hub_id or Path(source).exists()
-        names.append(Path(source).absolute().name if on_disk else source)
-    return ",".join(names)
-
-
 def is_toy(data: Clips) -> bool:
     """Whether these are clips of the toy set, at its length: what its judge can judge."""
     try:
@@ -143,6 +133,16 @@ def is_toy(data: Clips) -> bool:
     except (KeyError, TypeError, ValueError, AttributeError):
         return False
     return len(scenes) > 0 and data.mels.shape[2] * fa.HOP == toy.SAMPLES
+
+
+def check_judge(models: str, data: Clips) -> None:
+    """Ask for what the evaluation will need, before the work and not after it. InputError."""
+    if len(data.held_out(2)) < 2:
+        raise InputError("stage eval compares at least 2 clips, and there are fewer to judge by")
+    if models and not is_toy(data):
+        from transformers import AutoConfig
+        for model in models.split(","):
+            hub_model(AutoConfig, model)
 
 
 def make_judge(run: Run, rows: np.ndarray, wav: Tensor) -> ToyJudge | NearestClip:

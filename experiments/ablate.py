@@ -1,27 +1,19 @@
 """The claims of the paper one by one, over several seeds:  python -m experiments.ablate
 
-    --short          two seeds of a quarter of the training, to see that it works
-    --rows 2-RF      only rows with this in their name
-
 Each row of `plan` is train.py's recipe with a flag, or a function that a stage is given, changed.
-A stage is trained once for all rows that agree in what it depends on. A row that has been measured
-is a file in <out>/rows, so the same command continues what was interrupted. Samples are judged by
-their mels, before the vocoder. The tables are printed and written to <out>/ablation.json.
+A stage is trained once for all rows that agree in what it depends on, and a row that is a file in
+<out>/rows was measured: the same command goes on. Judged by mels, before the vocoder.
 """
 
 import argparse
-import inspect
 import json
-import math
-import time
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain
+from itertools import product
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 import torch
-from scipy import stats
 from torch import Tensor
 
 import flashaudio as fa
@@ -30,7 +22,8 @@ from data import toy
 from data.clips import Clips, load_audio
 from evaluation.judges import ToyJudge, is_toy
 from experiments import figures
-from experiments.pairings import cfg_zero_sample, knn_pairing
+from experiments.pairings import cfg_zero_sample, knn_pairing, variant
+from experiments.tables import judge_claims, print_tables, summary
 from flashaudio import FlashAudio, InputError
 from runs.cache import bar, digest, write_atomically
 from runs.run import WHERE, Run, one_line_errors
@@ -38,8 +31,6 @@ from runs.run import WHERE, Run, one_line_errors
 SHORT = dict(vae_steps=800, cfm_steps=600, rf1_steps=100, rf2_steps=150, distill_steps=150,
              rf2_couplings=128, distill_couplings=128, eval_clips=96)
 
-
-# ---- What is trained -----------------------------------------------------------------------------
 
 @dataclass
 class Row:
@@ -49,74 +40,53 @@ class Row:
     stage: str                                          # the one that is measured
     flags: dict = field(default_factory=dict)
     rf1: dict = field(default_factory=dict)             # arguments of train.train_rf1
-    couplings: dict = field(default_factory=dict)       # of train.couplings, for rf2
+    couplings: dict = field(default_factory=dict)       # of train.couplings for the 2-RF
     rf2: dict = field(default_factory=dict)             # of train.train_rf2
-    from_cfm: bool = True                               # or the 1-RF starts anew
-
-    def changes(self) -> dict:
-        """All that it changes, functions by their names."""
-        held = {"flags": self.flags, "from_cfm": self.from_cfm}
-        for part in ("rf1", "couplings", "rf2"):
-            given = getattr(self, part)
-            held[part] = {k: f.__qualname__ if f else None for k, f in given.items()}
-        return held
-
-
-def variant(density: Callable, **changes: float) -> Callable:
-    """A density of t with other parameters, under a name that tells them."""
-    defaults = inspect.signature(density).parameters
-    if all(defaults[name].default == value for name, value in changes.items()):
-        return density                                  # one name for one thing
-
-    def changed(n: int, generator: torch.Generator | None = None) -> Tensor:
-        return density(n, generator=generator, **changes)
-
-    changed.__qualname__ = f"{density.__qualname__}({changes})"
-    return changed
+    from_cfm: bool = True                               # or the 1-RF starts from an untrained flow
 
 
 def plan() -> list[Row]:
+    """The rows; those with the same couplings in a row, as only the last are kept on disk."""
     paired = {"pair": fa.immiscible_pairing}
     unpaired = {"pair": None}
     uniform = {"density": fa.uniform}
     rows = [Row("Table 2", "1-RF full", "rf1"),
             Row("Table 2", "1-RF uniform t", "rf1", rf1=uniform),
             Row("Table 2", "1-RF not from CFM", "rf1", from_cfm=False),
-            Row("Table 2", "1-RF no pairing", "rf1", rf1=unpaired)]
-    for mean in (-0.5, 0.0, 0.5):
+            Row("Table 2", "1-RF no pairing", "rf1", rf1=unpaired),
+            Row("Table 6", "1-RF μ = 0", "rf1")]
+    for mean in (-0.5, 0.5):
         density = variant(fa.logit_normal, mean=mean)
         rows.append(Row("Table 6", f"1-RF μ = {mean}", "rf1", rf1={"density": density}))
-    for name, pair in (("none", None), ("immiscible", fa.immiscible_pairing), ("knn", knn_pairing)):
-        rows.append(Row("Pairing", f"1-RF {name}", "rf1", rf1={"pair": pair}))
-    rows += [Row("Table 2", "2-RF full", "rf2"),
+    rows += [Row("Pairing", "1-RF none", "rf1", rf1=unpaired),
+             Row("Pairing", "1-RF immiscible", "rf1", rf1=paired),
+             Row("Pairing", "1-RF knn", "rf1", rf1={"pair": knn_pairing}),
+             Row("Table 2", "2-RF full", "rf2"),
              Row("Table 2", "2-RF uniform t", "rf2", rf2=uniform),
              Row("Table 2", "2-RF literal re-pairing", "rf2", rf2=paired),
-             Row("Table 2", "2-RF paired before the ODE", "rf2", couplings=paired),
-             Row("Table 2", "2-RF from 1-RF without pairing", "rf2", rf1=unpaired)]
-    for a in (1.0, 2.0, 3.0, 4.0):
+             Row("Table 6", "2-RF a = 4", "rf2")]
+    for a in (1.0, 2.0, 3.0):
         density = variant(fa.mix_exp, a=a)
         rows.append(Row("Table 6", f"2-RF a = {a:g}", "rf2", rf2={"density": density}))
-    for guidance in (1.0, 2.0, 3.0, 5.0):
-        iterations = {"plain": 0}
-        if guidance > 1:
-            iterations["anchored, 1"] = 1
-        if guidance == 3:
-            iterations |= {"anchored, 3": 3, "anchored, 10": 10}
-        for way, n in iterations.items():
+    rows += [Row("Eq. 13", f"couplings at ω = {guidance:g}", "distill",
+                 {"distill_guidance": guidance}) for guidance in (3.0, 1.0)]
+    rows += [Row("Fig. 2, 3", stage, stage) for stage in ("cfm", "rf1", "rf2", "distill")]
+    iterations = {3.0: (1, 0, 3, 10), 1.0: (0,), 2.0: (1, 0), 5.0: (1, 0)}
+    for guidance, counts in iterations.items():
+        for n in counts:
+            name = f"ω = {guidance:g}, " + (f"anchored, {n}" if n else "plain")
             flags = {"rf2_guidance": guidance, "rf2_anchor_steps": n}
-            rows.append(Row("Fig. 4", f"ω = {guidance:g}, {way}", "rf2", flags))
+            rows.append(Row("Fig. 4", name, "rf2", flags))
         if guidance > 1:
             rows.append(Row("Fig. 4", f"ω = {guidance:g}, CFG-Zero*", "rf2",
                             {"rf2_guidance": guidance}, couplings={"sampler": cfg_zero_sample}))
-    for guidance in (3.0, 1.0):
-        rows.append(Row("Eq. 13", f"couplings at ω = {guidance:g}", "distill",
-                        {"distill_guidance": guidance}))
-    return rows + [Row("Fig. 2, 3", stage, stage) for stage in ("cfm", "rf1", "rf2", "distill")]
+    return [*rows, Row("Table 2", "2-RF paired before the ODE", "rf2", couplings=paired),
+            Row("Table 2", "2-RF from 1-RF without pairing", "rf2", rf1=unpaired)]
 
 
 @dataclass
 class SharedRun(Run):
-    """A run whose stages lie in folders named by what they depend on, logs and loss beside them."""
+    """A run whose stages lie in folders named by what they depend on, logs beside the model."""
     names: dict[str, str] = field(default_factory=dict)     # of the folders
 
     def done(self, stage: str, start=None, *functions: Callable | None) -> bool:
@@ -136,19 +106,14 @@ def train_row(run: SharedRun, row: Row) -> None:
     model = train.train_vae(run)
     if row.from_cfm:
         model = train.train_cfm(run, model)
-    if row.stage == "cfm":
-        return
-    model = train.train_rf1(run, model, **row.rf1)
-    if row.stage == "rf1":
-        return
-    pairs = train.couplings(run, model, "rf2", **row.couplings)
-    model = train.train_rf2(run, model, pairs, **row.rf2)
+    if row.stage != "cfm":
+        model = train.train_rf1(run, model, **row.rf1)
+    if row.stage in ("rf2", "distill"):
+        pairs = train.couplings(run, model, "rf2", **row.couplings)
+        model = train.train_rf2(run, model, pairs, **row.rf2)
     if row.stage == "distill":
-        pairs = train.couplings(run, model, "distill")
-        train.distill(run, model, pairs)
+        train.distill(run, model, train.couplings(run, model, "distill"))
 
-
-# ---- What is measured ----------------------------------------------------------------------------
 
 class Judge:
     """Quality of latents (N, C, L) made for the held-out captions."""
@@ -158,10 +123,9 @@ class Judge:
             raise InputError("the ablations need the toy set, whose judge tells their rows apart")
         rows = data.held_out(clips)
         wavs = [load_audio(data.rows[i]["audio_path"], toy.SAMPLES) for i in rows]
-        self.rows, self.captions = rows, [data.captions[i] for i in rows]
+        self.captions = [data.captions[i] for i in rows]
         self.toy = ToyJudge(data, rows, torch.stack(wavs))
 
-    @torch.no_grad()
     def __call__(self, model: FlashAudio, z: Tensor, name: str) -> dict:
         mels = torch.cat([model.decode(part).cpu() for part in z.split(64)])
         embedding, posterior = self.toy.judge(mels)
@@ -169,70 +133,46 @@ class Judge:
         return {f"fd {name}": fa.frechet_distance(embedding, self.toy.real),
                 f"accuracy {name}": right.float().mean().item()}
 
-    def noise(self, model: FlashAudio) -> Tensor:
-        """z0 (N, C, L): the same for every row."""
-        shape = model.latent_shape()
-        return torch.cat([model.noise([""], i, shape) for i in range(len(self.captions))])
-
-    def paths(self, model: FlashAudio, steps: int) -> Tensor:
-        """Euler's from that noise, (steps + 1, N, C, L)."""
-        z0, parts = self.noise(model), []
-        for i in range(0, len(z0), 64):
-            captions = self.captions[i:i + 64]
-            parts.append(model.sample_latents(captions, steps, z0=z0[i:i + 64],
-                                              return_trajectory=True))
-        return torch.cat(parts, 1)
-
 
 @torch.no_grad()
 def measure(run: SharedRun, judge: Judge, row: Row) -> dict:
     """The figures of a row."""
     model = run.load(row.stage)
-    steps = (24,)
-    if row.stage == "distill":
-        steps = (1,)
-    elif row.table == "Fig. 2, 3":
+    steps = {"rf2": (1, 4, 24), "distill": (1,)}.get(row.stage, (24,))
+    if row.table == "Fig. 2, 3" and row.stage != "distill":
         steps = (1, 2, 4, 8, 16, 24)
-    elif row.stage == "rf2":
-        steps = (1, 4, 24)
+    z0 = model.noise([""] * len(judge.captions), 0, model.latent_shape())       # (N, C, L)
     found = {}
     for n in steps:
-        found |= judge(model, judge.paths(model, n)[-1], f"{n} steps")
+        found |= judge(model, model.sample_latents(judge.captions, n, z0=z0), f"{n} steps")
     if row.table == "Fig. 2, 3":
-        paths = judge.paths(model, 24)
+        paths = model.sample_latents(judge.captions, 24, z0=z0, return_trajectory=True)
         found["straightness"] = fa.straightness(paths)
         found["relative straightness"] = fa.straightness(paths, relative=True)
     if row.table == "Fig. 4":
-        found |= measure_couplings(run, judge, row)
+        found |= measure_couplings(run, judge, row, z0)
     if row.table == "Pairing":
         found |= measure_pairing(run, model, row.rf1["pair"])
-        found["prediction gap"] = prediction_gap(model, judge)
     return found
 
 
-def measure_couplings(run: SharedRun, judge: Judge, row: Row) -> dict:
+def measure_couplings(run: SharedRun, judge: Judge, row: Row, z0: Tensor) -> dict:
     """What the 1-RF makes of the held-out captions under guidance: its quality, its distance to the
     unguided path, and the guidance that is left, |v - v_c| / |v_c - v_∅|."""
     flags, model = run.flags, run.load("rf1").requires_grad_(False)
+    context, n = model.contexts(judge.captions), flags.rf2_coupling_steps
+    null = model.contexts([""]).expand_as(context)
     sampler = row.couplings.get("sampler", fa.make_couplings)
-    anchoring = (flags.rf2_anchor_steps, flags.rf2_anchor_lr, flags.rf2_anchor_tol)
-    began, ends, residual, effective = time.time(), [], [], []
-    for i, z0 in enumerate(judge.noise(model).split(64)):
-        context = model.contexts(judge.captions[64 * i:64 * i + 64])
-        null = model.contexts([""]).expand(len(z0), -1, -1)
-        n = flags.rf2_coupling_steps
-        with run.autocast():
-            path = sampler(model, z0, context, null, n, flags.rf2_guidance, *anchoring,
-                           return_trajectory=True)
-        unguided = fa.euler_sample(model, z0, context, steps=n)
-        ends.append(path[-1])
-        residual.append((path[-1] - unguided).pow(2).mean().item())
-        for k, v in enumerate(path.diff(dim=0) * n):
-            t = torch.full((len(z0),), k / n, device=z0.device)
-            v_cond, v_null = model(path[k], t, context), model(path[k], t, null)
-            effective.append(((v - v_cond).norm() / (v_cond - v_null).norm()).item())
-    return {**judge(model, torch.cat(ends), "couplings"), "residual": float(np.mean(residual)),
-            "effective guidance": float(np.mean(effective)), "seconds": time.time() - began}
+    path = sampler(model, z0, context, null, n, flags.rf2_guidance, flags.rf2_anchor_steps,
+                   flags.rf2_anchor_lr, flags.rf2_anchor_tol, return_trajectory=True)
+    unguided = fa.euler_sample(model, z0, context, steps=n)
+    effective = []
+    for k, v in enumerate(path.diff(dim=0) * n):
+        t = torch.full((len(z0),), k / n, device=z0.device)
+        v_cond, v_null = model(path[k], t, context), model(path[k], t, null)
+        effective.append(((v - v_cond).norm() / (v_cond - v_null).norm()).item())
+    return {**judge(model, path[-1], "couplings"), "effective guidance": float(np.mean(effective)),
+            "residual": (path[-1] - unguided).pow(2).mean().item()}
 
 
 def measure_pairing(run: SharedRun, model: FlashAudio, pair: train.Pairing | None) -> dict:
@@ -258,13 +198,49 @@ def measure_pairing(run: SharedRun, model: FlashAudio, pair: train.Pairing | Non
             "fixed": float(np.mean(fixed)), "skew": float(np.mean(skew))}
 
 
-def prediction_gap(model: FlashAudio, judge: Judge) -> float:
-    """|v_c - v_∅|² on unguided paths: how much the caption changes what is predicted."""
-    context = model.contexts(judge.captions)
-    null = model.contexts([""]).expand_as(context)
-    gaps = []
-    for k, z in enumerate(judge.paths(model, 10)):
-        if k % 2:
-            t = torch.full((len(z),), k / 10, device=z.device)
-            gaps.append((model(z, t, context) - model(z, t, null)).pow(2).mean().item())
-    return float(np.mean(gaps))
+def ablate(run: Run, seeds: int, text: str = "") -> None:
+    """Train and measure every row with `text` in its name for every seed; print and draw it."""
+    chosen = [row for row in plan() if text in f"{row.table} {row.name}"]
+    if not chosen:
+        raise InputError(f"--rows '{text}': no row has that in its name; '2-RF full' is one")
+    judge, measured = Judge(run.data, run.flags.eval_clips), []
+    (run.out / "rows").mkdir(exist_ok=True)
+    for seed, row in bar(list(product(range(seeds), chosen)), "ablate"):
+        flags = replace(run.flags, seed=seed, **row.flags)
+        held = json.loads(json.dumps(asdict(row), default=lambda f: f.__qualname__))
+        depends = {name: value for name, value in asdict(flags).items() if name not in WHERE}
+        key = digest(held, depends, flags.eval_clips, run.data.key)
+        file = run.out / "rows" / f"{key}.json"
+        if not file.exists():
+            shared = SharedRun(flags, run.data, run.device, run.vocoder)
+            train_row(shared, row)
+            held |= {"seed": seed, "figures": measure(shared, judge, row), "folders": shared.names}
+            write_atomically(file, json.dumps(held, indent=1).encode())
+        measured.append(json.loads(file.read_text()))
+    tables, claims = summary(measured), judge_claims(measured)
+    written = {"tables": tables, "claims": claims, "rows": measured, "flags": asdict(run.flags)}
+    write_atomically(run.out / "ablation.json", json.dumps(written, indent=1).encode())
+    print_tables(tables, claims)
+    full = [row["folders"] for row in measured if row["name"] == "distill"]
+    if full and "ω = 1, plain" in tables.get("Fig. 4", {}):
+        shared = SharedRun(run.flags, run.data, run.device, run.vocoder, names=full[0])
+        figures.draw(run.out / "figures", shared, tables=tables)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("experiments.ablate", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=5, help="seeds, from 0 on [5]")
+    parser.add_argument("--short", action="store_true", help="a quarter of the training, to try it")
+    parser.add_argument("--rows", default="", help="only rows with this in table and name")
+    parser.add_argument("--out", default="out/ablation", help="folder [out/ablation]")
+    parser.add_argument("--data", default="toy", help="manifest of a toy set [its own]")
+    given = parser.parse_args(argv)
+    changes = SHORT if given.short else {}
+    with train.open_run(train.Flags(out=given.out, data=given.data, **changes)) as run:
+        ablate(run, given.seeds, given.rows)
+
+
+if __name__ == "__main__":
+    with one_line_errors("experiments.ablate"):
+        main()

@@ -1,13 +1,13 @@
-"""A pairing and a sampler that are not the paper's, as functions that are handed to a stage.
+"""What is not the paper's: a pairing, a sampler, densities, as functions handed to a stage.
 
-    train.train_rf1(run, model, pair=knn_pairing)
+    train.train_rf1(run, model, pair=knn_pairing, density=variant(fa.logit_normal, mean=-0.5))
     train.couplings(run, model, "rf2", sampler=cfg_zero_sample)
 
-What a stage was given is noted under the function's name, so two that differ need two names. A
-pairing sees latents alone: those that look at captions too (C²OT, ICCV 2025) are not among them.
+A pairing sees latents alone: those that look at captions too (C²OT, ICCV 2025) are not among them.
 """
 
 import zlib
+from typing import Callable
 
 import torch
 from torch import Tensor
@@ -36,15 +36,23 @@ def cfg_zero_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, 
     """Guided Euler in which v(z, t, ∅) is first scaled to fit v(z, t, c) best, sample by sample.
 
     The scale is <v_c, v_∅> / |v_∅|² (CFG-Zero*, Fan et al. 2025). z0 (B, ...), context and null
-    (B, N, D) -> z1 (B, ...), or its path (steps + 1, B, ...). Of what `train.couplings` hands to a
-    sampler, the settings of the anchor are left unused.
+    (B, N, D) -> z1 (B, ...), or its path (steps + 1, B, ...). Takes what `make_couplings` takes,
+    and leaves the settings of the anchor unused.
     """
     def velocity(z: Tensor, t: Tensor, c: Tensor) -> Tensor:
         both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([null, c]))
-        v_null, v_cond = both.chunk(2)
-        size = v_null.flatten(1).pow(2).sum(1).clamp(min=1e-12)
-        scale = (v_cond * v_null).flatten(1).sum(1) / size                      # (B,)
-        v_null = scale.view(-1, *[1] * (z.dim() - 1)) * v_null
-        return v_null + guidance * (v_cond - v_null)
+        v_null, v_cond = both.flatten(1).chunk(2)
+        scale = (v_cond * v_null).sum(1) / v_null.pow(2).sum(1).clamp(min=1e-12)        # (B,)
+        v_null = scale[:, None] * v_null
+        return (v_null + guidance * (v_cond - v_null)).view_as(z)
 
     return fa.euler_sample(velocity, z0, context, steps=steps, return_trajectory=return_trajectory)
+
+
+def variant(density: Callable, **changes: float) -> Callable:
+    """A density of t with other parameters, and a name of its own, by which stages know it."""
+    def changed(n: int, generator: torch.Generator | None = None) -> Tensor:
+        return density(n, generator=generator, **changes)
+
+    changed.__qualname__ = f"{density.__qualname__}({changes})"
+    return changed

@@ -55,6 +55,31 @@ def run(*command, cwd: Path = ROOT, **env: str) -> subprocess.CompletedProcess:
                           capture_output=True, text=True)
 
 
+def opened(*typed):
+    """`with opened("--out", folder, ...) as run:` is a run of train.py in this process."""
+    import train
+    return train.open_run(train.parse_flags([*map(str, typed)]))
+
+
+def exit_code(script: str, *typed) -> int:
+    """What train.py or sample.py answers to these arguments, in this process."""
+    import sample
+    import train
+    from runs.run import one_line_errors, stop
+    try:
+        with one_line_errors(script):
+            if script == "sample.py":
+                sample.main(sample.parse_flags([*map(str, typed)]))
+            else:
+                with opened(*typed) as run:
+                    train.main(run)
+    except SystemExit as e:
+        return e.code
+    finally:
+        stop.asked = 0
+    return 0
+
+
 def write_clips(folder: Path, n: int = 6, samples: int = 20_000) -> Path:
     """n tones as WAV, and their manifest -> the manifest."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,76 @@
+"""From measured rows to tables, and from tables to verdicts on the claims of claims.csv.
+
+A row is {"table", "name", "seed", "figures": {figure: value}}: experiments/ablate.py writes one a
+file.
+"""
+
+import csv
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+from scipy import stats
+
+
+def by_figure(rows: list[dict]) -> dict:
+    """{(table, name, figure): {seed: value}}, in the order of the rows."""
+    found: dict = {}
+    for row in rows:
+        for figure, value in row["figures"].items():
+            found.setdefault((row["table"], row["name"], figure), {})[row["seed"]] = value
+    return found
+
+
+def summary(rows: list[dict]) -> dict:
+    """{table: {name: {figure: [mean, standard error or None, seeds]}}}."""
+    tables: dict = {}
+    for (table, name, figure), seeds in by_figure(rows).items():
+        values = list(seeds.values())
+        error = float(stats.sem(values)) if len(values) > 1 else None
+        figures = tables.setdefault(table, {}).setdefault(name, {})
+        figures[figure] = [float(np.mean(values)), error, len(values)]
+    return tables
+
+
+def judge_claims(rows: list[dict]) -> list[dict]:
+    """The claims with what was found: the mean difference over seeds, better less worse (of every
+    figure less is better), its 95% interval (Student's t, seeds paired), and a verdict: reproduced
+    only where the interval lies below zero."""
+    found, judged = by_figure(rows), []
+    text = Path(__file__).with_name("claims.csv").read_text(encoding="utf-8")
+    for claim in csv.DictReader(text.splitlines()):
+        better = found.get((claim["table"], claim["better"], claim["figure"]), {})
+        worse = found.get((claim["table"], claim["worse"], claim["figure of the worse"]), {})
+        seeds = sorted(better.keys() & worse.keys())
+        if not seeds:
+            continue
+        pairs = np.array([(better[seed], worse[seed]) for seed in seeds])
+        gap, half, verdict = float(np.mean(pairs[:, 0] - pairs[:, 1])), None, "cannot be judged"
+        if len(seeds) > 2:
+            error = stats.sem(pairs[:, 0] - pairs[:, 1])
+            half = float(stats.t.ppf(0.975, len(seeds) - 1) * error)
+            verdict = "not seen"
+            if abs(gap) > half:
+                verdict = "reproduced" if gap < 0 else "the opposite"
+        judged.append({**claim, "ours": pairs.mean(0).tolist(), "difference": gap,
+                       "interval": half, "verdict": verdict})
+    return judged
+
+
+def plus_minus(value: float, error: float | None) -> str:
+    return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
+
+
+def print_tables(tables: dict, claims: list[dict]) -> None:
+    for table, rows in tables.items():
+        columns = list(dict.fromkeys(chain(*rows.values())))
+        print(f"\n{table:32}", *(f"{column:>21}" for column in columns))
+        for name, figures in rows.items():
+            cells = [plus_minus(*figures[c][:2]) if c in figures else "-" for c in columns]
+            print(f"{name:32}", *(f"{cell:>21}" for cell in cells))
+    print()
+    for claim in claims:
+        ours, theirs = claim["ours"]
+        gap = plus_minus(claim["difference"], claim["interval"])
+        print(f"{claim['claim']:32} {claim['figure']}: {ours:.3g}, {theirs:.3g}; difference {gap}; "
+              f"paper {claim['paper'] or '-'}: {claim['verdict']}")

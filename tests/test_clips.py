@@ -1,0 +1,222 @@
+"""Clips: splits and caches. The toy set and its judge."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import wavfile
+
+import flashaudio as fa
+from data import clips, toy
+from data.clips import Clips, batch_indices, load_audio
+from data.rows import read_manifest
+from flashaudio import InputError
+from tests.helpers import rng, run, tiny_model, write_clips
+
+
+def tone(samples: int = 16000, rate: int = 16000) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * 440 * np.arange(samples) / rate)
+
+
+@pytest.fixture
+def heard(monkeypatch) -> list:
+    """The files that are read for their mels."""
+    read, real = [], clips.load_audio
+
+    def spy(path, samples):
+        read.append(Path(path).name)
+        return real(path, samples)
+
+    monkeypatch.setattr(clips, "load_audio", spy)
+    return read
+
+
+def write_rows(folder: Path, *rows: str) -> Path:
+    text = "\n".join(["audio_path,caption,split", *rows, ""])
+    (folder / "manifest.csv").write_text(text)
+    return folder / "manifest.csv"
+
+
+def test_odd_clips_are_used_and_bad_ones_are_counted(tmp_path, capsys):
+    write_clips(tmp_path, 12)
+    stereo = np.stack([tone(44100, 44100)] * 2, 1).astype(np.float32)
+    wavfile.write(tmp_path / "0.wav", 44100, stereo)
+    wavfile.write(tmp_path / "1.wav", 8000, (tone(8000) * 127 + 128).astype(np.uint8))
+    wavfile.write(tmp_path / "2.wav", 16000, (tone(160) * 32767).astype(np.int16))  # 10 ms
+    (tmp_path / "3.wav").write_bytes(b"RIFF")                                       # 1 of 13
+    with open(tmp_path / "manifest.csv", "a", encoding="utf-8") as f:
+        f.write('4.wav,"ein ""Ton"" für Jürgen, leise"\n')
+    data = Clips(tmp_path / "manifest.csv", tmp_path / "cache", 32)
+    assert len(data.rows) == 12 and data.captions[-1] == 'ein "Ton" für Jürgen, leise'
+    assert data.file[-1] == data.file[data.captions.index("tone number 4")]
+    assert "3.wav: cannot be read" in capsys.readouterr().out
+    expected = fa.mel_spectrogram(load_audio(tmp_path / "0.wav", 32 * 256)[None])[0]
+    torch.testing.assert_close(torch.tensor(data.mels[data.file[0]]), expected)
+    (tmp_path / "4.wav").unlink()
+    said = "2 of 13 clips are bad, more than 10%; the first: .*4.wav: no such file"
+    with pytest.raises(InputError, match=said):
+        Clips(tmp_path / "manifest.csv", tmp_path / "cache", 32)
+
+
+def test_splits_are_kept_apart_and_counted(tmp_path, capsys):
+    write_clips(tmp_path, 6)
+    splits = ["", "Test", "val", "train", "evaluation", "TEST"]
+    rows = [f"{i}.wav,a,{split}" for i, split in enumerate(splits)]
+    data = Clips(write_rows(tmp_path, *rows), tmp_path / "cache", 16)
+    assert data.train.tolist() == [0, 3] and data.test.tolist() == [1, 4, 5] and data.has_test
+    assert data.validation.tolist() == [2] and sorted(data.held_out(9)) == [1, 4, 5]
+    assert "clips: 2 to train on, 1 validation, 3 test" in capsys.readouterr().out
+    data = Clips(write_rows(tmp_path, rows[0], rows[3]), tmp_path / "cache", 16)
+    assert sorted(data.held_out(9)) == [0, 1] and not data.has_test
+    with pytest.raises(InputError, match="nothing is left to train on"):
+        Clips(write_rows(tmp_path, rows[1]), tmp_path / "cache", 16)
+
+
+def test_one_file_is_heard_once_whatever_names_it(tmp_path, heard):
+    write_clips(tmp_path, 2)
+    shutil.copy(tmp_path / "1.wav", tmp_path / "copy.wav")
+    rows = [f"{i % 2}.wav,caption {i}," for i in range(6)] + ["copy.wav,the same,"]
+    data = Clips(write_rows(tmp_path, *rows), tmp_path / "cache", 16)
+    assert sorted(heard) == ["0.wav", "1.wav"] and data.mels.shape == (2, 80, 16)
+    assert data.file.tolist() == [0, 1, 0, 1, 0, 1, 1]
+    assert set(data.file[data.held_out(2)]) == {0, 1}       # one row of each comes first
+
+
+def test_a_moved_copied_or_touched_set_keeps_its_caches(tmp_path, heard, monkeypatch):
+    write_clips(tmp_path / "a", 3)
+    first = Clips(tmp_path / "a/manifest.csv", tmp_path / "cache", 16)
+    os.utime(tmp_path / "a/0.wav", (1, 1))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    monkeypatch.chdir(tmp_path)
+    for manifest in (tmp_path / "a/manifest.csv", "b/manifest.csv", "b/../a/manifest.csv"):
+        assert Clips(Path(manifest), tmp_path / "cache", 16).key == first.key
+    assert len(heard) == 3
+    write_rows(tmp_path / "b", "0.wav,another caption,", "1.wav,tone number 1,", "2.wav,tone,")
+    other = Clips(tmp_path / "b/manifest.csv", tmp_path / "cache", 16)
+    assert other.key != first.key and len(heard) == 3       # what is heard is the same
+    wavfile.write(tmp_path / "b/1.wav", 16000, (32767 * tone()).astype(np.int16))
+    assert Clips(tmp_path / "b/manifest.csv", tmp_path / "cache", 16).key != other.key
+    assert len(list((tmp_path / "cache").glob("mels-*.npy"))) == 1
+
+
+def test_unchanged_files_are_not_read_at_the_next_start(tmp_path, monkeypatch):
+    write_clips(tmp_path, 3)
+    first = Clips(tmp_path / "manifest.csv", tmp_path / "cache", 16)
+    read, real = [], clips.digest
+
+    def spy(*things):
+        read.extend(thing.name for thing in things if isinstance(thing, Path))
+        return real(*things)
+
+    monkeypatch.setattr(clips, "digest", spy)
+    os.utime(tmp_path / "1.wav", (1, 1))
+    assert Clips(tmp_path / "manifest.csv", tmp_path / "cache", 16).key == first.key
+    assert read == ["1.wav"]
+
+
+def test_a_killed_run_goes_on_and_takes_no_cache_with_it(tmp_path, heard, monkeypatch):
+    write_clips(tmp_path, 100)
+    whole = Clips(tmp_path / "manifest.csv", tmp_path / "whole", 16).mels
+    write_rows(tmp_path, "0.wav,a,", "1.wav,b,")
+    before = Clips(tmp_path / "manifest.csv", tmp_path / "cache", 16)
+    write_clips(tmp_path, 100)
+    heard.clear()
+
+    def killed(wav):
+        if len(heard) > 70:
+            raise KeyboardInterrupt
+        return fa.mel_spectrogram(wav)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(clips, "mel_spectrogram", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Clips(tmp_path / "manifest.csv", tmp_path / "cache", 16)
+    assert (tmp_path / f"cache/mels-{before.files_key}.npy").exists()
+    heard.clear()
+    data = Clips(tmp_path / "manifest.csv", tmp_path / "cache", 16)
+    assert np.array_equal(data.mels, whole) and len(heard) <= 36
+    assert len(list((tmp_path / "cache").glob("mels-*"))) == 2      # .npy and .json
+
+
+def test_latents_and_contexts_follow_the_weights_they_were_made_with(tmp_path):
+    write_clips(tmp_path, 3)
+    data = Clips(tmp_path / "manifest.csv", tmp_path / "cache", 32)
+    model = tiny_model()
+    latents = data.latents(model)
+    mean, logvar = model.vae.encode(torch.tensor(data.mels[:]))
+    assert latents.shape == (3, 2, *model.latent_shape())
+    torch.testing.assert_close(torch.tensor(latents[:, 0]), mean)
+    torch.testing.assert_close(torch.tensor(latents[:, 1]), (logvar / 2).exp())
+    contexts, place = data.contexts(model)
+    assert place.tolist() == [1, 2, 3] and contexts.dtype == np.float32
+    captions = ["", *data.captions]
+    torch.testing.assert_close(torch.tensor(contexts[:]), model.text(captions))
+    other = tiny_model(1)
+    assert not np.array_equal(data.latents(other), latents)
+    assert not np.array_equal(data.contexts(other)[0], contexts)
+    frozen = tiny_model(2)
+    frozen.text.trained = False
+    assert data.contexts(frozen)[0].dtype == np.float16
+    assert len(list((tmp_path / "cache").glob("*.npy"))) == 3
+
+
+def test_every_clip_is_drawn_once_per_epoch():
+    drawn = np.concatenate([batch_indices(10, 4, step, seed=1) for step in range(5)])
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10].tolist() != drawn[10:].tolist()
+
+
+# ---- The toy set --------------------------------------------------------------------------------
+
+def read_toy(manifest: Path) -> list[dict]:
+    return read_manifest(manifest)[0]
+
+
+def test_toy_splits_share_nothing_and_test_holds_new_combinations(tmp_path):
+    done = run("-m", "data.toy", "--out", tmp_path / "a", "--train_clips", 300, "--test_clips", 60)
+    assert done.returncode == 0, done.stderr
+    rows = read_toy(tmp_path / "a/manifest.csv")
+    kinds = {"train": set(), "test": set()}
+    words = {"train": set(), "test": set()}
+    for row in rows:
+        kinds[row["split"]].add(toy.SCENES[toy.scene_index(row["scene"])])
+        words[row["split"]].update(row["caption"].replace(",", "").split())
+    assert not kinds["train"] & toy.HELD_OUT and len(kinds["test"] & toy.HELD_OUT) > 5
+    assert words["test"] - words["train"]
+    assert all(len(row["caption"].encode()) <= 60 for row in rows)
+    sounds = [Path(row["audio_path"]).read_bytes() for row in rows]
+    assert len(set(sounds)) == len(sounds) == 360
+    again = read_toy(toy.write_toy_set(tmp_path / "b", 40, 60))
+    assert [Path(row["audio_path"]).read_bytes() for row in again] == sounds[:40] + sounds[300:]
+
+
+def test_the_toy_judge_hears_real_clips_and_refuses_to_judge_below_its_bar(tmp_path):
+    rows = read_toy(toy.write_toy_set(tmp_path, 0, 128))
+    wav = torch.stack([load_audio(row["audio_path"]) for row in rows])
+    scenes = [row["scene"] for row in rows]
+    judge = toy.train_judge(tmp_path / "judge.safetensors", steps=200, progress=False)
+    again = toy.train_judge(tmp_path / "judge.safetensors", steps=200, progress=False)
+    assert torch.equal(judge.head.weight, again.head.weight)
+    assert toy.check_judge(judge, wav, scenes) >= 0.95
+    embedding, log_posterior = judge.judge(wav)
+    assert embedding.shape == (128, 64)
+    assert torch.allclose(log_posterior.exp().sum(1), torch.ones(128), atol=1e-4)
+    vocoded = fa.griffin_lim(fa.mel_spectrogram(wav[:32]))
+    assert toy.check_judge(judge, vocoded, scenes[:32], bar=0) >= 0.85
+    claims = []
+    for one, scene in zip(wav.numpy(), scenes):
+        claims += toy.measure(one, scene).values()
+    assert len(claims) > 20 and np.mean(claims) >= 0.97
+    with pytest.raises(InputError, match="below"):
+        toy.check_judge(judge, torch.randn(32, toy.SAMPLES, generator=rng()), scenes[:32])
+
+
+@pytest.mark.parametrize("scene, named, found", [
+    ("chirp:up", "chirp:up", {"direction": True}), ("chirp:up", "chirp:down", {"direction": False}),
+    ("knocks:3", "knocks:3", {"count": True}), ("knocks:2", "knocks:3", {"count": False}),
+    ("bell>rain", "bell>rain", {"order": True}), ("rain>bell", "bell>rain", {"order": False})])
+def test_what_the_caption_names_is_measured_and_can_be_wrong(scene, named, found):
+    assert toy.measure(toy.synthesise(scene, np.random.default_rng(0)), named) == found

@@ -1,0 +1,157 @@
+"""Ablations, pictures and benches, on stages of two steps and a judge that has learnt nothing."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+
+import flashaudio as fa
+import train
+from data import toy
+from experiments import ablate, bench, figures, pairings, tables
+from flashaudio import InputError
+from tests.helpers import rng, tiny_model
+
+
+def test_knn_takes_the_nearest_of_its_own_noises_and_the_same_ones_again():
+    z0, z1 = torch.randn(2, 16, 3, 5, generator=rng())
+    paired = pairings.knn_pairing(z0, z1)
+    assert torch.equal(paired, pairings.knn_pairing(z0, z1))
+    assert torch.equal(z0, pairings.knn_pairing(z0, z1, k=1))
+    before, after = (z0 - z1).flatten(1).norm(dim=1), (paired - z1).flatten(1).norm(dim=1)
+    kept = (paired == z0).flatten(1).all(1)
+    assert torch.equal(kept, after == before) and (after <= before).all()
+    assert 0 < kept.sum() < 16                          # about a quarter of them
+
+
+def test_cfg_zero_scales_the_null_velocity_onto_the_other():
+    """v_∅ = (2, 0), v_c = (1, 1): s = 1/2, so v = (1, 0) + 3 (0, 1)."""
+    def velocity(z, t, c):
+        null = torch.tensor([2.0, 0.0]).expand_as(z)
+        return torch.where(c[:, 0] > 0, torch.ones_like(z), null.to(z))
+
+    z0, context = torch.zeros(3, 2, dtype=torch.float64), torch.ones(3, 1, 1)
+    given = (velocity, z0, context, 0 * context, 4, 3.0, 1, 1e-2, 1e-5)     # by train.couplings
+    z1 = pairings.cfg_zero_sample(*given)
+    torch.testing.assert_close(z1, torch.tensor([1.0, 3.0]).to(z1).expand(3, 2))
+    path = pairings.cfg_zero_sample(*given, return_trajectory=True)
+    assert path.shape == (5, 3, 2) and torch.equal(path[-1], z1)
+
+
+def test_a_variant_of_a_density_has_other_values_and_another_name():
+    density = pairings.variant(fa.logit_normal, mean=-0.5)
+    assert torch.equal(density(9, generator=rng()), fa.logit_normal(9, -0.5, generator=rng()))
+    others = (fa.logit_normal, pairings.variant(fa.logit_normal, mean=0.5),
+              pairings.variant(fa.mix_exp, a=1.0))
+    assert len({f.__qualname__ for f in (density, *others)}) == 4
+
+
+def rows(name: str, *values: float) -> list[dict]:
+    """Rows of Table 2, with an fd for each seed."""
+    return [{"table": "Table 2", "name": name, "seed": seed, "figures": {"fd 24 steps": fd}}
+            for seed, fd in enumerate(values)]
+
+
+def test_a_claim_is_reproduced_only_where_its_interval_excludes_zero(capsys):
+    found = rows("1-RF full", 1.0, 2.0, 3.0) + rows("1-RF uniform t", 2.0, 3.1, 3.9)
+    found += rows("1-RF not from CFM", 1.5, 1.9, 3.2) + rows("1-RF no pairing", 0.5, 1.4, 2.6)
+    claims = tables.judge_claims(found)
+    assert {claim["claim"]: claim["verdict"] for claim in claims} == {
+        "1-RF: logit-normal t": "reproduced", "1-RF: from CFM": "not seen",
+        "1-RF: immiscible pairing": "the opposite"}
+    assert claims[0]["difference"] == pytest.approx(-1.0)
+    assert claims[0]["ours"] == pytest.approx([2, 3])
+    assert claims[0]["interval"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.1 / 3 ** 0.5)
+    few, = tables.judge_claims(rows("1-RF full", 1.0, 2.0) + rows("1-RF uniform t", 5.0, 6.0))
+    assert few["verdict"] == "cannot be judged" and few["interval"] is None
+    summary = tables.summary(found)
+    assert summary["Table 2"]["1-RF full"]["fd 24 steps"] == pytest.approx([2, 1 / 3 ** 0.5, 3])
+    tables.print_tables(summary, claims)
+    assert "2 ± 0.58" in capsys.readouterr().out
+
+
+def test_every_claim_names_rows_that_are_in_the_plan():
+    measured = dict.fromkeys(("straightness", "fd 1 steps", "fd 4 steps", "fd 24 steps"), 1.0)
+    named = {(row.table, row.name) for row in ablate.plan()}
+    found = [{"table": table, "name": name, "seed": 0, "figures": measured}
+             for table, name in named]
+    assert len(named) == len(ablate.plan()) and len(tables.judge_claims(found)) == 22
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch) -> train.Flags:
+    monkeypatch.setattr(toy, "train_judge", lambda *a, **k: toy.Judge().eval())
+    monkeypatch.setattr(toy, "check_judge", lambda *a: 1.0)
+    for name in ("hear", "draw_losses", "evaluate"):
+        monkeypatch.setattr(train, name, lambda *a: None)
+    data = toy.write_toy_set(tmp_path / "toy", 12, 8)
+    return train.Flags(
+        data=str(data), out=str(tmp_path / "out"), device="cpu", batch_size=4, vae_steps=2,
+        cfm_steps=2, rf1_steps=2, rf2_steps=2, distill_steps=2, rf2_couplings=8,
+        distill_couplings=8, rf2_coupling_steps=2, eval_clips=6)
+
+
+def test_ablations_share_stages_go_on_and_count_what_is_on_disk(quick, monkeypatch):
+    names = ("1-RF full", "1-RF uniform t", "1-RF not from CFM", "1-RF knn", "2-RF full",
+             "ω = 3, anchored, 1", "ω = 3, CFG-Zero*")
+    plan = [row for row in ablate.plan() if row.name in names]
+    monkeypatch.setattr(ablate, "plan", lambda: plan)
+    out = Path(quick.out)
+    with train.open_run(quick) as run:
+        ablate.ablate(run, 2)
+    models = [path.parent.name.split("-")[0] for path in out.glob("*/model.safetensors")]
+    assert [models.count(stage) for stage in ("vae", "cfm", "rf1", "rf2")] == [2, 2, 8, 4]
+    written = json.loads((out / "ablation.json").read_text())
+    found = written["tables"]
+    assert len(written["rows"]) == 14 and found == tables.summary(written["rows"])
+    assert {name: list(table) for name, table in found.items()} == {
+        "Table 2": ["1-RF full", "1-RF uniform t", "1-RF not from CFM", "2-RF full"],
+        "Pairing": ["1-RF knn"], "Fig. 4": ["ω = 3, anchored, 1", "ω = 3, CFG-Zero*"]}
+    guided, knn = found["Fig. 4"]["ω = 3, anchored, 1"], found["Pairing"]["1-RF knn"]
+    assert {"fd couplings", "residual", "effective guidance", "fd 4 steps"} < set(guided)
+    assert guided["fd 1 steps"] == found["Table 2"]["2-RF full"]["fd 1 steps"]      # one model
+    assert knn["fixed"][0] < 0.5 and knn["distance saved"][0] > 0
+
+    path = next(p for p in (out / "rows").iterdir() if '"1-RF full"' in p.read_text())
+    changed = {**json.loads(path.read_text()), "figures": {"fd 24 steps": 3.0}}
+    path.write_text(json.dumps(changed))
+    monkeypatch.setattr(train, "fit", None)             # nothing is left to train
+    with train.open_run(replace(quick, save_every=1.0)) as run:
+        ablate.ablate(run, 2, "1-RF full")
+        with pytest.raises(InputError, match="no row"):
+            ablate.ablate(run, 1, "3-RF")
+    kept = json.loads((out / "ablation.json").read_text())["rows"]
+    assert [row["seed"] for row in kept] == [0, 1] and changed in kept
+
+
+def test_pictures_of_a_run_and_of_one_that_was_moved(quick, tmp_path):
+    point = [1.0, None, 1]
+    steps = {"fd 1 steps": point, "accuracy 1 steps": point, "straightness": point}
+    guided = {**steps, "fd couplings": point, "effective guidance": point}
+    found = {"Fig. 2, 3": {"cfm": steps, "distill": steps},
+             "Fig. 4": {"ω = 1, plain": guided, "ω = 3, plain": guided}}
+    with train.open_run(quick) as run:
+        train.main(run)
+        figures.draw(tmp_path / "all", run, tables=found)
+    assert sorted(path.stem for path in (tmp_path / "all").iterdir()) == [
+        "guidance", "loss_by_t", "mels", "one_step", "steps", "timesteps", "trajectories"]
+    shutil.move(quick.out, tmp_path / "moved")
+    figures.main([str(tmp_path / "moved"), "--out", str(tmp_path / "docs")])
+    assert len(list((tmp_path / "docs").iterdir())) == 4
+    with pytest.raises(InputError, match="no finished run"):
+        figures.main([str(tmp_path / "nowhere")])
+
+
+def test_benches_print_where_the_time_goes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench, "milliseconds", lambda f, runs=0: [f(), 2.0][1])
+    tiny_model().save_pretrained(tmp_path / "model")
+    bench.main(["--model", str(tmp_path / "model"), "--batch", "1,2"])
+    held = json.loads(capsys.readouterr().out.splitlines()[-1])
+    sampling, training = held["sampling"], held["training"]
+    assert [(r["batch"], r["ω"]) for r in sampling] == [(1, 1.0), (1, 3.0), (2, 1.0), (2, 3.0)]
+    assert sampling[3]["RTF"] == pytest.approx(0.002 / (2 * 32 * fa.HOP / fa.SAMPLE_RATE))
+    assert training["clips/s"] == pytest.approx(16 / 0.002) and training["GFLOP"] > 1
