@@ -138,6 +138,9 @@ class Clips:
     def __init__(self, manifest: Path, cache: Path, frames: int):
         self.cache = cache
         folder = manifest.is_dir()
+        if folder and manifest.resolve() in cache.resolve().parents:
+            raise InputError(f"{manifest}: the run's own folder lies in it, {cache.parent}: choose "
+                             "another --out")
         rows, problems = read_folder(manifest) if folder else read_manifest(manifest)
         total = len(rows) + len(problems)
         contents = self.contents([row["audio_path"] for row in rows])

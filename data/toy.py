@@ -1,7 +1,7 @@
 """The toy set: captioned sounds made from formulas, and a judge that hears what a clip holds.
 
-`python -m data.toy --out toy_set` writes toy_set/wav/*.wav and toy_set/manifest.csv. The judge is kept
-in judge.safetensors, made by `python -c "from data import toy; toy.train_judge(toy.JUDGE)"`.
+`python -m data.toy --out toy_set` writes toy_set/wav/*.wav and toy_set/manifest.csv. The judge is
+kept in judge.safetensors, made by `python -c "from data import toy; toy.train_judge(toy.JUDGE)"`.
 A *scene* says what sounds in a clip, as a short string:
 
     "bell"               one sound alone; it fills the clip

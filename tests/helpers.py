@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PARITY = ROOT.parent / "shared" / "parity"
 public_fixtures = pytest.mark.skipif(not PARITY.is_dir(), reason="the public fixtures are not here")
 TINY = FlashAudioConfig(
-    VAEConfig(channels=32, channel_mult=(1, 1), res_blocks=1),
+    VAEConfig(channels=32, channel_mult=(1, 1), res_blocks=1, norm_groups=4),
     DiTConfig(context_dim=32, hidden_size=32, num_heads=2, depth=1, max_len=64),
     TextConfig(max_length=32, layers=1, heads=2), frames=32)
 
