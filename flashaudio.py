@@ -769,7 +769,7 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
         for i, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seed + prompts[:i].count(prompt))
             draws.append(torch.randn(shape, generator=generator))
-        return torch.stack(draws).to(self.device)
+        return torch.stack(draws).to(self.scale_factor)
 
     @torch.no_grad()
     def contexts(self, prompts: list[str]) -> Tensor:
@@ -790,7 +790,7 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
             raise InputError("this model has no text stage: give it contexts, and no guidance")
         if isinstance(prompts, Tensor):
             return prompts
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
         if not prompts:
             raise InputError("there is nothing to make: no prompts")
         for prompt in prompts:
@@ -852,10 +852,10 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
             check_size(config, weights.stat().st_size)
             model = cls(config)
             load_model(model, weights)
-        except FileNotFoundError as e:
-            raise InputError(f"{source}: no model here ({Path(e.filename).name} is missing)") from e
         except Exception as e:                      # safetensors, JSON, torch and the hub have many
             cause = " ".join(str(e).split())[:400] or type(e).__name__
+            if isinstance(e, FileNotFoundError) and e.filename:
+                what, cause = "no model here", f"{Path(e.filename).name} is missing"
             raise InputError(f"{source}: {what} ({cause})") from e
         return model.to(device).eval()
 

@@ -299,12 +299,10 @@ def train_cfm(run: Run, model: FlashAudio, density: Callable[..., Tensor] = fa.u
 
 def import_public(run: Run) -> FlashAudio:
     """In place of stages vae and cfm: the public model that the paper starts from (§3.2)."""
-    flags = run.flags
     if not run.done("cfm"):
-        tokenizers = None if flags.text == "bytes" else tuple(flags.text.split(","))
-        model = make_an_audio.load(flags.init, tokenizers, str(run.device))
-        run.save("cfm", model)
-        print(f"cfm: {flags.init} -> {run.folder('cfm')}")
+        text = run.flags.text
+        tokenizers = None if text == "bytes" else tuple(text.split(","))
+        run.save("cfm", make_an_audio.load(run.flags.init, tokenizers, str(run.device)))
     return run.load("cfm")
 
 
@@ -418,10 +416,10 @@ def open_run(flags: Flags):
     first = rank_and_world()[0] == 0
     out.mkdir(parents=True, exist_ok=True)
     with lock(out) if first else nullcontext():
-        source = Path(flags.data)
-        if flags.data == "toy":
-            source = toy.write_toy_set(out / "data") if first else out / "data" / "manifest.csv"
+        if flags.data == "toy" and first:
+            toy.write_toy_set(out / "data")
         barrier()
+        source = out / "data/manifest.csv" if flags.data == "toy" else Path(flags.data)
         data = Clips(source, out / "cache", fa.PRESETS[flags.preset].frames)
         if flags.stage in ("all", "eval"):
             check_judge(flags.judge, data)

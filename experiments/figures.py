@@ -113,6 +113,7 @@ def steps_and_quality(path: Path, table: dict) -> None:
             plot(axes, {int(name.split()[1]): own[name] for name in own}, NAMES[stage])
         axes.set(xscale="log", xlabel="Euler steps", ylabel=kind)
         axes.set_xticks((1, 2, 4, 8, 16, 24), (1, 2, 4, 8, 16, 24))
+    row[0].set_ylim(0)
     row[1].legend()
     figure.savefig(path)
 

@@ -2,6 +2,7 @@
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -75,8 +76,10 @@ def exit_code(script: str, *typed) -> int:
                     train.main(run)
     except SystemExit as e:
         return e.code
-    finally:
+    finally:                                            # as it was
         stop.asked = 0
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0
 
 

@@ -80,10 +80,10 @@ def wired(tmp_path_factory) -> SimpleNamespace:
     class AdamW(torch.optim.AdamW):
         def step(self):
             group = self.param_groups[0]
-            norms = [p.grad.norm() for p in group["params"] if p.grad is not None]
+            norms = torch.stack([p.grad.norm() for p in group["params"] if p.grad is not None])
             super().step()
             weights = [p.detach().clone() for p in group["params"]]
-            fits[list(fits)[-1]].steps.append((group["lr"], torch.stack(norms).norm(), weights))
+            fits[list(fits)[-1]].steps.append((group["lr"], norms.norm().item(), weights))
 
     def fit(run, stage, model, parts, *given, real=train.fit):
         fits[stage] = SimpleNamespace(start=copy.deepcopy(model.state_dict()), parts=parts,
@@ -260,7 +260,8 @@ def test_every_epoch_has_each_clip_once_in_an_order_of_its_own(wired, stage):
     assert len(set(epochs)) > len(epochs) / 2
 
 
-@pytest.mark.parametrize("stage, peak", zip(STAGES, (3e-3, 2e-3, 1e-3, 2e-3, 2e-3)))
+@pytest.mark.parametrize("stage, peak", [
+    ("vae", 3e-3), ("cfm", 2e-3), ("rf1", 1e-3), ("rf2", 2e-3), ("distill", 2e-3)])
 def test_rates_clipping_and_average_follow_their_formulas(wired, stage, peak):
     fit, model, names = wired.fits[stage], wired.models[stage], []
     for part in PARTS[stage]:
@@ -415,7 +416,8 @@ def test_two_processes_train_like_one(wired, tmp_path):
                "--data", wired.data, "--out", tmp_path / "out", *FLAGS, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     for stage, part in (("vae", "vae"), ("cfm", "dit"), ("cfm", "text")):
-        assert apart(FlashAudio.from_pretrained(tmp_path / "out" / stage), wired, stage, part) < 0.05
+        ours = FlashAudio.from_pretrained(tmp_path / "out" / stage)
+        assert apart(ours, wired, stage, part) < 0.05
     pairs = np.load(next((tmp_path / "out/cache").glob("couplings_rf2-*.npy")))
     assert np.array_equal(pairs[:, 0], wired.made["rf2"].pairs.latents[:, 0])
     assert pairs[:, 1].any((1, 2)).all()                # each was made by one of them
@@ -518,7 +520,8 @@ def test_training_from_a_public_checkpoint_ends_in_a_one_step_model(public, tmp_
              "--data", write_clips(tmp_path / "clips", 4), "--out", tmp_path / "out"]
     assert exit_code("train.py", *flags, *QUICK, "--judge", "", "--rf2_anchor_steps", 1) == 0
     assert not (tmp_path / "out/vae").exists()
-    start, end = (FlashAudio.from_pretrained(tmp_path / "out" / name) for name in ("cfm", "distill"))
+    start = FlashAudio.from_pretrained(tmp_path / "out/cfm")
+    end = FlashAudio.from_pretrained(tmp_path / "out/distill")
     given = FlashAudio.from_pretrained(public / "ours").state_dict()
     assert same(start.state_dict(), given) and end.config.integer_time
     changed = [name for name, value in end.state_dict().items() if not value.equal(given[name])]
@@ -560,7 +563,6 @@ def test_sample_writes_clips_and_a_page(wired, tmp_path, monkeypatch, capsys):
 
 # ---- The method, honestly ------------------------------------------------------------------------
 
-@torch.no_grad()
 def test_reflow_straightens_and_one_step_is_nearer(tmp_path, monkeypatch):
     """The toy preset on 400 clips for about a minute, judged by mels of captions held out."""
     monkeypatch.setitem(fa.PRESETS, "toy", TOY)
@@ -575,7 +577,7 @@ def test_reflow_straightens_and_one_step_is_nearer(tmp_path, monkeypatch):
         captions = [run.data.captions[i] for i in rows]
         real = NearestClip.embed(torch.tensor(run.data.mels[run.data.file[rows]]))
         for stage, n in (("cfm", 24), ("cfm", 1), ("rf2", 24), ("distill", 1)):
-            model = run.load(stage)
+            model = run.load(stage).requires_grad_(False)
             path = model.sample_latents(captions, n, seed=0, return_trajectory=True)
             bend[stage, n] = fa.straightness(path)
             fd[stage, n] = fa.frechet_distance(NearestClip.embed(model.decode(path[-1])), real)
