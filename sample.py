@@ -22,7 +22,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--file", type=Path, help="read prompts from a text file, one per line")
     add("--model", default="", help="folder of a stage, or a hub id [the newest out/*/distill]")
     add("--steps", type=int, default=1, help="Euler steps [1]")
-    add("--guidance", type=float, default=1.0, help="ω; 1 is none, more doubles the NFE [1]")
+    add("--guidance", type=float, default=1.0, help="scale; 1 is none, more doubles the NFE [1]")
     add("--n", type=int, default=1, help="takes per prompt [1]")
     add("--seconds", type=float, help="length in seconds [that of the training clips]")
     add("--seed", type=int, default=0, help="take k of a prompt has the noise of seed + k [0]")

@@ -50,7 +50,7 @@ class Flags:
     # rf2: reflow. Of its couplings the paper says nothing but Eq. 10-11
     rf2_couplings: int = flag(2000, "(noise, sample) pairs that rf2 is trained on")
     rf2_coupling_steps: int = flag(10, "Euler steps a pair")
-    rf2_guidance: float = flag(3.0, "ω of the pairs")                   # the public sampler's
+    rf2_guidance: float = flag(3.0, "guidance scale of the pairs")      # the public sampler's
     rf2_anchor_steps: int = flag(1, "anchored optimisation: iterations a step; 0 is off", low=0)
     rf2_anchor_lr: float = flag(1e-2, "its learning rate at t = 0")     # null-text inversion
     rf2_anchor_tol: float = flag(1e-5, "loss at t = 0 below which a sample is left alone")
@@ -58,7 +58,7 @@ class Flags:
     # distill
     distill_couplings: int = flag(6000, "pairs that distill is trained on")   # few: by heart
     distill_coupling_steps: int = flag(8, "Euler steps a pair")
-    distill_guidance: float = flag(1.0, "ω of the pairs")               # the 2-RF has learnt ω
+    distill_guidance: float = flag(1.0, "guidance scale of the pairs")  # the 2-RF has learnt ω
     distill_steps: int = flag(1000, "steps of stage distill")
     # how it is judged and saved
     eval_clips: int = flag(160, "held-out captions in stage eval", low=2)
@@ -310,11 +310,10 @@ def train_rf1(run: Run, model: FlashAudio, pair: Pairing = fa.immiscible_pairing
               density: Callable[..., Tensor] = fa.logit_normal,
               loss: Callable[..., Tensor] = fa.rectified_flow_loss) -> FlashAudio:
     """1-RF: Eq. 4 with t of Eq. 6-7 and noise that Eq. 9 has paired with the data."""
-    flags = run.flags
     if run.done("rf1", model, pair, density, loss):
         return run.load("rf1")
     draw, parts = clip_batches(run, "rf1", model, density, pair)
-    return fit(run, "rf1", model, parts, draw, loss, flags.rf1_steps, flags.rf1_lr)
+    return fit(run, "rf1", model, parts, draw, loss, run.flags.rf1_steps, run.flags.rf1_lr)
 
 
 # ---- Stages rf2 and distill: on the couplings of the model before, with frozen contexts ----------

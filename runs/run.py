@@ -82,7 +82,8 @@ class Run:
         now = self.settings(stage, start, functions)
         then = notes.get("settings", {})
         changed = [f"{k} was {then.get(k)}, is {now[k]}" for k in now if then.get(k) != now[k]]
-        if notes and changed and self.flags.stage != stage:
+        kept = any((folder / name).exists() for name in ("model.safetensors", "train_state.pt"))
+        if kept and notes and changed and self.flags.stage != stage:
             raise InputError(f"{folder} was trained with other settings ({'; '.join(changed)}): "
                              f"choose another --out, or train it again with --stage {stage}")
         if notes and not changed and notes["seconds"] is not None:

@@ -1,4 +1,4 @@
-"""Wrong input: one line on stderr that says what is wrong, exit code 2, and nothing half-written."""
+"""Wrong input: one line on stderr that says what is wrong, exit code 2, nothing half-written."""
 
 import json
 import shlex
@@ -14,7 +14,7 @@ from tests.helpers import ROOT, TINY, exit_code, run, tiny_model, write_clips
 
 # What is typed, and what the line must say
 BAD_TRAIN = {
-    "--data nowhere.csv": "nowhere.csv: no such manifest", "--data corner": "no usable clips",
+    "--data nowhere.csv": "nowhere.csv: no such manifest", "--data taken": "no usable clips",
     "--data column.csv": "no column caption", "--data empty.csv": "no usable clips",
     "--data binary.csv": "not a CSV", "--data latin.csv": "not a CSV in UTF-8",
     "--data bad.csv": "more than 10%", "--data test.csv": "nothing is left to train on",
@@ -30,8 +30,9 @@ BAD_TRAIN = {
     "--seed -1": "from 0 to", "--rf2_couplings 0": "at least 1", "--warmup 0": "at least 1",
     "--distill_coupling_steps 0": "at least 1", "--rf2_anchor_steps -1": "at least 0",
     "--rf2_anchor_tol nan": "at least 0", "--rf2_guidance nan": "at least 0",
-    "--lr_end -0.1": "from 0 to 1", "--eval_clips 1": "at least 2", "--save_every nan": "at least 0",
-    "--grad_accum 17": "--grad_accum is larger", "--vae_frames 0": "at least 1",
+    "--lr_end -0.1": "from 0 to 1", "--eval_clips 1": "at least 2",
+    "--save_every nan": "at least 0", "--grad_accum 17": "is larger",
+    "--vae_frames 0": "at least 1",
     "--init public.ckpt --stage vae": "no --stage vae",
     "--init public.ckpt --preset toy": "no --preset toy",
     "--init nowhere.ckpt": "no such checkpoint", "--init pickled.ckpt": "besides tensors",
@@ -39,7 +40,7 @@ BAD_TRAIN = {
     "--device abacus": "cpu, cuda", "--device cuda:77": "not available",
     "--vocoder wavenet": "griffin-lim, hifigan", "--vocoder hifigan:./nowhere": "nowhere",
     "--vocoder bigvgan:./nowhere": "nowhere", "--text ./nowhere": "nowhere",
-    "--judge ./nowhere": "nowhere", "--stage rf2": "rf1 is not trained yet",
+    "--judge ./nowhere": "nowhere", "--stage rf2": "vae is not trained yet",
     "--stage eval": "vae is not trained yet", "--out column.csv": "column.csv",
     "--out taken": "another run is at work", "--out torn --stage cfm": "not a readable model",
     "--out tornjson": "not readable as JSON"}
@@ -68,8 +69,9 @@ def corner(tmp_path_factory) -> Path:
     header, row = "audio_path,caption,split\n", "good/0.wav,a tone,"
     for name, text in {
             "column": "audio_path,text\ngood/0.wav,a tone\n", "empty": header,
-            "bad": f"{header}{row}\ngone.wav,a tone,\ngood/1.wav,,\n", "test": f"{header}{row}test\n",
-            "split": f"{header}{row}tset\n", "folder": f"{header}good,a tone,\n",
+            "bad": f"{header}{row}\ngone.wav,a tone,\ngood/1.wav,,\n",
+            "test": f"{header}{row}test\n", "split": f"{header}{row}tset\n",
+            "folder": f"{header}good,a tone,\n",
             "nul": f"{header}a\0b.wav,a tone,\n", "huge": f"{header}{row}{'x' * 200_000}\n",
             **{kind: f"{header}{kind}.wav,a tone,\n" for kind in ("silent", "nan", "slow", "mp3")},
             }.items():
@@ -110,17 +112,16 @@ def one_line(capsys, script: str, *typed: str) -> str:
 
 
 @pytest.mark.parametrize("typed", BAD_TRAIN)
-def test_train_refuses_wrong_input_in_one_line(corner, monkeypatch, capsys, typed):
+def test_train_refuses_wrong_input_in_one_line(corner, tmp_path, monkeypatch, capsys, typed):
     monkeypatch.chdir(corner)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    before = sorted(corner.rglob("*"))
-    more = [] if "--out" in typed else ["--out", "fresh"]
+    more = [] if "--out" in typed else ["--out", str(tmp_path)]
     if "--data" not in typed:
         more += ["--data", "good/manifest.csv"]
     if "--init" in typed:
         more += ["--judge", ""]
     assert BAD_TRAIN[typed] in one_line(capsys, "train.py", *shlex.split(typed), *more)
-    made = {path.suffix for path in corner.rglob("*") if path not in before}
+    made = {path.suffix for path in tmp_path.rglob("*")}
     assert not made & {".safetensors", ".pt", ".wav", ".tmp"}
 
 
