@@ -367,7 +367,7 @@ def couplings(run: Run, model: FlashAudio, stage: str,
                              steps, guidance, *anchoring)
             array[i:i + size] = torch.stack([z0, z1.cpu()], 1)
 
-    names = [f.__qualname__ for f in (sampler, pair) if f is not None]
+    names = [f"{f.__module__}.{f.__qualname__}" for f in (sampler, pair) if f is not None]
     key = digest(model, data.key, flags.seed, len(clips), steps, guidance, anchoring, names)
     shape = (len(clips), 2, *model.latent_shape())
     latents = cached(data.cache / f"couplings_{stage}-{key}.npy", shape, fill)

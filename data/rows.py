@@ -14,6 +14,7 @@ from pathlib import Path
 from flashaudio import InputError
 
 AUDIO = (".wav", ".flac", ".ogg", ".opus", ".mp3", ".aif", ".aiff", ".au")  # what is looked for
+CONTROL = r"[\x00-\x1f\x7f-\x9f]"          # tabs and the like: no text to a model
 SPLITS = {  # what people write, in any case, and what it is here
     "": "train", "train": "train", "training": "train",
     "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
@@ -94,7 +95,9 @@ def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
         file = path.parent / row["audio_path"]
         if "\\" in row["audio_path"] and not os.path.exists(file):      # written on Windows
             file = path.parent / row["audio_path"].replace("\\", "/")
-        rows.append({**row, "audio_path": str(file), "split": SPLITS[split.lower()]})
+        caption = re.sub(CONTROL, " ", row["caption"]).strip()
+        rows.append({**row, "audio_path": str(file), "caption": caption,
+                     "split": SPLITS[split.lower()]})
     return rows, problems
 
 
@@ -133,7 +136,7 @@ def caption_beside(file: Path, folders: list[str]) -> str:
     else:
         names = [re.sub(r"[\d\s_.+#()\[\]{}-]+", " ", name) for name in (*folders, file.stem)]
         caption = next((name for name in reversed(names) if name.strip()), "")
-    words = " ".join(caption.split())
+    words = " ".join(re.sub(CONTROL, " ", caption).split())
     if not words:
         raise ValueError("no words in its text file or name")
     return words

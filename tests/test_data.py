@@ -342,3 +342,9 @@ def test_clotho_has_five_captions_a_clip(tmp_path):
     rows = read_back(tmp_path / "m.csv")
     assert rows[5] == ("A validation.wav", "validation, 0", "validation")
     assert [row[2] for row in rows] == ["train"] * 5 + ["validation"] * 5 + ["test"] * 5
+
+
+def test_a_tab_in_a_caption_is_a_space(tmp_path):
+    (tmp_path / "m.csv").write_text('audio_path,caption\na.wav,"a\tbell\x07"\n')
+    rows, problems = read_manifest(tmp_path / "m.csv")
+    assert [row["caption"] for row in rows] == ["a bell"] and not problems
