@@ -230,7 +230,7 @@ class Progress:
         self.smooth = [0.9 * old + 0.1 * new for old, new in zip(self.smooth, (loss, norm))]
         pace = (time.time() - self.began) / (done - self.start)
         self.bar.set_postfix_str(f"loss {self.smooth[0]:.4f}, {pace:.2f} s/step")
-        if done - self.start == 20:
+        if 20 <= done - self.start < 30:          # once: only tenth steps come here
             minutes = pace * (self.steps - done) / 60
             self.bar.write(f"{self.stage}: {self.steps} steps, about {minutes:.1f} min from here")
         line = {"stage": self.stage, "step": done, "loss": loss, "grad_norm": norm, "lr": rate,
