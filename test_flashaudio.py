@@ -77,8 +77,10 @@ def test_pairing_equals_brute_force(size):
 
 @pytest.mark.parametrize("sigma_min", [0.0, 0.1])
 def test_losses_by_value(sigma_min):
-    z0, z1, t = randn(5, 2, 3), randn(5, 2, 3, seed=1), torch.linspace(0, 1, 5).double()
-    context, s, noise = randn(5, 1, 4, seed=2), t[:, None, None], (1 - sigma_min) * z0
+    z0, z1, context = randn(5, 2, 3), randn(5, 2, 3, seed=1), randn(5, 1, 4, seed=2)
+    t = torch.linspace(0, 1, 5).double()
+    s = t[:, None, None]
+    noise = (1 - sigma_min) * z0
     flow = Field(lambda z, t, c: z1 - noise + 0.5)      # half beside the true velocity
     loss = fa.rectified_flow_loss(flow, z0, z1, t, context, sigma_min)
     assert loss.item() == pytest.approx(0.25)
@@ -100,12 +102,13 @@ def test_a_gaussian_goes_the_whole_way_in_closed_form():
     def straight(z: Tensor, t: Tensor, context: Tensor) -> Tensor:
         return mean + (std - 1) * (z - t[:, None] * mean) / (1 - t + t * std)[:, None]
 
-    for t, off in itertools.product((0.0, 0.3, 0.8), (-0.5, 0.5, 0.0)):
+    for t, off in itertools.product((0.0, 0.3, 0.8), (-0.5, 0.5, 0.0)):     # the last is exact
         times = z0.new_full((len(z0),), t)
         loss = fa.rectified_flow_loss(flow, z0, z1, times, None).item()
         least = std ** 2 / ((1 - t) ** 2 + (t * std) ** 2)              # Var(z1 - z0 | z_t)
         assert loss == pytest.approx(least + off ** 2, abs=0.03)        # 5 sigma
         assert fa.rectified_flow_loss(straight, z0, mean + std * z0, times, None) < 1e-12
+    z0 = z0[:999]
     ends = fa.make_couplings(flow, z0, None, None, 500)
     assert_close(ends, mean + std * z0, atol=0.03, rtol=0)              # an error of 1 / steps
     assert_close(fa.euler_sample(straight, z0, None), mean + std * z0)
@@ -146,7 +149,9 @@ def test_reflow_straightens_and_makes_one_step_good():
 
 
 def test_guidance_extrapolates_from_the_null_context():
-    (z, context, null), t, field = points(), torch.tensor([0.25, 0.75]), Field()
+    z, context, null = points()
+    t = torch.tensor([0.25, 0.75])
+    field = Field()
     v_cond, v_null = Field()(z, t, context), Field()(z, t, null)
     assert torch.equal(fa.guided_velocity(field, z, t, context, None, 1.0), v_cond)
     for guidance in (0.0, 3.0):
@@ -179,10 +184,12 @@ def test_anchored_loss_by_value():
 
 
 def test_each_null_context_moves_by_itself_until_it_is_near_enough():
-    z, t, context, field = randn(4, 3), torch.full((4,), 0.5), randn(4, 1, 3, seed=1), Field()
+    z, t, context = randn(4, 3), torch.full((4,), 0.5), randn(4, 1, 3, seed=1)
     start = context + torch.tensor([0, 0.02, 0.05, 1])[:, None, None]
     v_cond = Field()(z, t, context)
-    anchor, enough = z + 0.25 * v_cond, (0.25 * 2 * 1.5 * 0.015) ** 2   # ∅ within 0.015 of c
+    anchor = z + 0.25 * v_cond
+    enough = (0.25 * 2 * 1.5 * 0.015) ** 2              # ∅ within 0.015 of c
+    field = Field()
     with torch.no_grad():
         moved, v_null = fa.optimise_null(field, start, anchor, z, t, v_cond, 3.0, 0.25, 8, 0.01,
                                          enough)
@@ -205,7 +212,8 @@ def test_each_null_context_moves_by_itself_until_it_is_near_enough():
 @pytest.mark.parametrize("steps, step", [(4, 0), (4, 3), (50, 10)])
 def test_the_threshold_grows_with_t_and_with_the_step(steps, step):
     """Near enough: a loss below tolerance (1 + 100 t) (50 dt)². Only one step has a velocity."""
-    (z0, context, _), t = points(), step / steps
+    z0, context, _ = points()
+    t = step / steps
     loss = (2 * 0.1 / steps) ** 2                       # ω = 3, and ∅ is 0.1 away from c
     tolerance = loss / ((1 + 100 * t) * (50 / steps) ** 2)
     for share, moves in ((1.001, 0), (0.999, 1)):
@@ -216,7 +224,8 @@ def test_the_threshold_grows_with_t_and_with_the_step(steps, step):
 
 def test_every_step_has_its_rate_and_a_fresh_adam():
     """The first step of an Adam is as long as its rate, in each element: lr (1 - t/2)."""
-    (z, context, null), field = points(), Field()
+    z, context, null = points()
+    field = Field()
     path = fa.anchored_sample(field, z, context, null, 4, 3.0, 1, 0.02, 0.0, True)
     assert all(torch.equal(c, context) for _, _, c in field.calls[:4])  # the anchor
     for i in range(4):
@@ -401,7 +410,8 @@ def test_griffin_lim_keeps_the_mel_the_length_and_the_timing():
 
 def test_sampling_is_reproducible_and_depends_on_no_company():
     model = tiny_model(config=replace(TINY, integer_time=True)).double()
-    prompts, state = ["rain", "a bell", "rain"], torch.get_rng_state()
+    state = torch.get_rng_state()
+    prompts = ["rain", "a bell", "rain"]
     sample = partial(model.sample_latents, steps=3, guidance=3.0)
     z1 = sample(prompts, seed=3)
     assert torch.equal(z1, sample(prompts, seed=3))
@@ -428,11 +438,13 @@ def test_a_context_depends_on_its_caption_and_the_present_weights_alone():
 
 
 def test_generate_decodes_what_is_sampled_and_gives_it_to_the_vocoder():
-    model, t = tiny_model(), torch.tensor([0.5])
+    model = tiny_model()
     model.scale_factor.fill_(0.7)
-    mel, z1 = torch.ones(1, 80, 32), model.sample_latents("rain", seed=0)
+    z1 = model.sample_latents("rain", seed=0)
+    mel = torch.ones(1, 80, 32)
     assert_close(model.encode(mel), 0.7 * model.vae.encode(mel)[0])
     assert_close(model.decode(z1), model.vae.decode(z1 / 0.7))
+    t = torch.tensor([0.5])
     ids = model.text.tokenize(["rain"])
     for text in (ids, model.text(ids)):                 # captions as ids, or their contexts
         assert_close(model(z1, t, text), model.dit(z1, t, model.text(["rain"])))
@@ -501,10 +513,10 @@ def refusal(source) -> str:
 
 @pytest.mark.parametrize("part, lie, said", [
     ("dit", {"hidden_size": 10 ** 6}, "bytes, model.safetensors holds"),
-    ("dit", {"max_len": 30_000_000}, "bytes, model.safetensors holds"),
-    ("text", {"max_length": 10 ** 9}, "bytes, model.safetensors holds"),
-    ("dit", {"depth": 10 ** 9}, "more than 1000 layers"),
-    ("vae", {"res_blocks": 10 ** 9}, "more than 1000 layers"),
+    ("dit", {"max_len": 3_000_000}, "bytes, model.safetensors holds"),  # a failure is survived, too
+    ("text", {"max_length": 10 ** 7}, "bytes, model.safetensors holds"),
+    ("dit", {"depth": 10_000}, "more than 1000 layers"),
+    ("vae", {"res_blocks": 10_000}, "more than 1000 layers"),
     ("dit", {"depth": 2}, '"dit.blocks.1.attention.gate"'),
     ("dit", {"hidden_size": 64}, "dit.t_embedder.mlp.0.weight"),
     ("dit", {"depht": 1}, "'depht'")])
@@ -557,18 +569,21 @@ FLOORS = {"flashaudio": 0, "pretrained": 1, "runs": 1, "data": 1, "evaluation": 
 def test_arrows_point_to_flashaudio_and_there_is_no_circle():
     graph, floor = {}, {}
     for path in ROOT.rglob("*.py"):
-        parts = path.relative_to(ROOT).with_suffix("").parts
-        if parts[0] not in FLOORS:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        folder = module.split(".")[0]
+        if folder not in FLOORS:
             continue
-        found, source = set(), path.read_text(encoding="utf-8")
+        source = path.read_text(encoding="utf-8")
+        found = set()
         for node in ast.walk(ast.parse(source)):        # in functions, too
             if isinstance(node, ast.Import):
                 found |= {alias.name for alias in node.names}
             if isinstance(node, ast.ImportFrom):        # from data import toy: data and data.toy
                 found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        graph[".".join(parts)], floor[".".join(parts)] = found, FLOORS[parts[0]]
+        graph[module] = found
+        floor[module] = FLOORS[folder]
         for trick in ("sys.path", "sys.modules", "import_module", "__import__"):
-            assert trick not in source or FLOORS[parts[0]] == 4, path
+            assert trick not in source or folder in ("tests", "test_flashaudio"), path
     graph = {module: found & set(graph) for module, found in graph.items()}
     assert not graph["flashaudio"] and "train" in graph and "data.clips" in graph
     TopologicalSorter(graph).prepare()                  # raises CycleError, which names the circle
