@@ -275,8 +275,7 @@ class FrameAttention(nn.Module):
     def __init__(self, width: int, groups: int):
         super().__init__()
         self.norm = group_norm(width, groups)
-        convs = (nn.Conv1d(width, width, 1) for _ in range(4))
-        self.q, self.k, self.v, self.proj_out = convs
+        self.q, self.k, self.v, self.proj_out = (nn.Conv1d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x).transpose(1, 2)                                        # (B, T, width)
@@ -863,7 +862,8 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
 def check_size(config: FlashAudioConfig, held: int) -> None:
     """Refuse a config.json that promises far more than the `held` bytes of weights beside it."""
     vae, dit, text = config.vae, config.dit, config.text
-    if max(dit.depth, text.layers, vae.res_blocks, len(vae.channel_mult)) > 1000:
+    frozen = [text.bert.get("num_hidden_layers", 0), text.t5.get("num_layers", 0)]
+    if max(dit.depth, text.layers, vae.res_blocks, len(vae.channel_mult), *frozen) > 1000:
         raise InputError("config.json describes more than 1000 layers")
     if text.encoder not in TEXT_ENCODERS:
         config = replace(config, text=TextConfig("none"))       # these weights are not in the file

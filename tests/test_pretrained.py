@@ -311,3 +311,11 @@ def test_a_text_model_that_is_not_there_or_brings_code_is_refused(tmp_path, monk
     with pytest.raises(InputError, match=tmp_path.name) as e:
         PretrainedText(TextConfig(str(tmp_path)), 16)
     assert "\n" not in str(e.value) and not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("lie", [{"bert": {"num_hidden_layers": 10 ** 4}},
+                                 {"t5": {"num_layers": 10 ** 4}}])
+def test_a_config_with_a_text_stage_of_too_many_layers_is_refused_unbuilt(lie):
+    config = fa.FlashAudioConfig(text=fa.TextConfig("make-an-audio", **lie))
+    with pytest.raises(fa.InputError, match="1000 layers"):
+        fa.check_size(config, 10 ** 9)

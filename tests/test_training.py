@@ -39,7 +39,7 @@ QUICK = """--batch_size 4 --vae_steps 4 --cfm_steps 4 --rf1_steps 3 --rf2_steps 
     --rf2_couplings 6 --distill_couplings 6 --rf2_coupling_steps 2 --distill_coupling_steps 2
     --eval_clips 6 --device cpu""".split()
 # Values of their own, so that a flag taken for another is seen
-FLAGS = """--device cpu --batch_size 4 --warmup 5 --lr 2e-3 --lr_end 0.1 --grad_clip 0.02 --ema 0.9
+FLAGS = """--device cpu --batch_size 8 --warmup 5 --lr 2e-3 --lr_end 0.1 --grad_clip 0.02 --ema 0.9
     --caption_dropout 0.3 --vae_steps 20 --vae_lr 3e-3 --vae_frames 16 --vae_kl_weight 0.01
     --cfm_steps 20 --rf1_steps 20 --rf1_lr 1e-3 --rf2_couplings 6 --rf2_coupling_steps 3
     --rf2_guidance 2.5 --rf2_anchor_steps 2 --rf2_anchor_lr 0.02 --rf2_anchor_tol 1e-6
@@ -122,13 +122,21 @@ def wired(tmp_path_factory) -> SimpleNamespace:
                            mels=torch.tensor(run.data.mels[run.data.file]))
 
 
-def drawn(wired, stage: str, steps: int = 300) -> list[Tensor]:
+def drawn(wired, stage: str, steps: int = 150) -> list[Tensor]:
     """What a stage draws in so many steps, one batch after the other."""
     return [torch.cat(x) for x in zip(*map(wired.fits[stage].draw, range(steps)))]
 
 
 def nearest(x: Tensor, known: Tensor) -> Tensor:
     return torch.cdist(x.flatten(1), known.flatten(1)).argmin(1)
+
+
+def clips_of(wired, text: Tensor) -> Tensor:
+    """The row that each caption (B, bytes) is of."""
+    words = wired.models["cfm"].text.tokenize(wired.run.data.captions)
+    found = (text[:, None] == words).all(2)
+    assert (found.sum(1) == 1).all()
+    return found.int().argmax(1)
 
 
 def same(state: dict, other: dict) -> bool:
@@ -203,16 +211,16 @@ def test_each_stage_has_its_loss(wired):
 @pytest.mark.parametrize("stage", ["cfm", "rf1"])
 def test_latents_have_unit_size_posterior_noise_and_their_caption(wired, stage):
     z0, z1, _, text = drawn(wired, stage)
-    clip = nearest(z1 / wired.scale, wired.mean)
-    noise = (z1 / wired.scale - wired.mean[clip]) / wired.std[clip]
-    assert abs(z1.std() - 1) < 0.02 and abs(wired.scale - 1) > 0.1
-    for x in (z0, noise, drawn(wired, "vae")[1]):       # the VAE's noise, too
-        assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01
-        assert len(x.flatten(1).unique(dim=0)) == 1200
     null = ~text.any(1)
     assert null.float().mean().item() == pytest.approx(0.3, abs=0.05)       # 4 standard deviations
-    words = wired.models["cfm"].text.tokenize(wired.run.data.captions)
-    assert torch.equal(text[~null], words[clip[~null]])
+    clip = clips_of(wired, text[~null])
+    noise = (z1[~null] / wired.scale - wired.mean[clip]) / wired.std[clip]
+    for x in (z0, noise, drawn(wired, "vae")[1]):       # the VAE's noise, too
+        assert abs(x.mean()) < 0.01 and abs(x.std() - 1) < 0.01
+        assert len(x.flatten(1).unique(dim=0)) == len(x)
+    size = (wired.mean.var() + wired.std.square().mean()).sqrt()
+    assert wired.scale.item() == pytest.approx(1 / size.item(), rel=1e-3)
+    assert z1.std().item() == pytest.approx(1, abs=0.02)
 
 
 @pytest.mark.parametrize("stage, dropout", [("rf2", 0.3), ("distill", 0.0)])
@@ -236,22 +244,23 @@ def test_t_is_drawn_from_the_density_of_the_stage(wired, stage, cdf):
     assert stats.kstest(drawn(wired, stage)[2].double().numpy(), cdf).pvalue > 0.01
 
 
-@pytest.mark.parametrize("stage, low, high", [("cfm", 0, 20), ("rf1", 100, 100)])
+@pytest.mark.parametrize("stage, low, high", [("cfm", 0, 1), ("rf1", 99, 100)])
 def test_the_1rf_pairs_noise_with_data_and_the_cfm_does_not(wired, stage, low, high):
     batches = map(wired.fits[stage].draw, range(100))
     near = sum(torch.equal(fa.immiscible_pairing(z0, z1), z0) for z0, z1, *_ in batches)
-    assert low <= near <= high                          # by chance, once in 24
+    assert low <= near <= high
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_epoch_has_each_clip_once_in_an_order_of_its_own(wired, stage):
-    z0, z1, *_ = drawn(wired, stage, 18)                # vae: mels, noise
+def test_every_epoch_has_each_clip_once_in_an_order_of_its_own(wired, stage, monkeypatch):
+    monkeypatch.setattr(wired.run.flags, "caption_dropout", 0.0)
+    z0, *_, text = drawn(wired, stage, 18)              # vae: mels, noise
     n = 6
     if stage == "vae":
         row = nearest(z0.mean(2), wired.mels.mean(2))
         assert len(z0.flatten(1).unique(dim=0)) > 20    # pieces from many places
     elif stage in ("cfm", "rf1"):
-        row = nearest(z1 / wired.scale, wired.mean)
+        row = clips_of(wired, text)
     else:
         noise = torch.tensor(wired.made[stage].pairs.latents[:, 0])
         row, n = nearest(z0, noise), len(noise)
@@ -286,7 +295,8 @@ def test_rates_clipping_and_average_follow_their_formulas(wired, stage, peak):
 def test_a_flag_that_a_stage_reads_is_among_its_settings(wired, stage):
     read = wired.fits[stage].read
     assert {"batch_size", "warmup", "seed", f"{stage}_steps"} <= read
-    assert read - set(WHERE) <= set(wired.run.notes(stage)["settings"])
+    elsewhere = {"out", "init", "stage", "grad_accum", "save_every"}        # not what, but where
+    assert read - set(wired.run.notes(stage)["settings"]) <= elsewhere <= set(WHERE)
     assert len(fields(train.Flags)) <= 42
 
 
@@ -397,7 +407,8 @@ def test_six_kills_lose_nothing(wired, tmp_path):
         process.join()
         codes.append(process.exitcode)
         said = (tmp_path / "log").read_text()
-        assert process.exitcode in (0, -9, -2, -15, 130, 143) and "Traceback" not in said, said
+        ours = said.partition("Exception ignored in")[0]    # Python's own, from a weak reference
+        assert process.exitcode in (0, -9, -2, -15, 130, 143) and "Traceback" not in ours, said
         if process.exitcode in (130, 143):
             assert said.endswith("train.py: stopped; the same command continues from here\n")
     assert codes[-1] == 0, said
@@ -418,8 +429,8 @@ def test_two_processes_train_like_one(wired, tmp_path):
     for stage, part in (("vae", "vae"), ("cfm", "dit"), ("cfm", "text")):
         ours = FlashAudio.from_pretrained(tmp_path / "out" / stage)
         assert apart(ours, wired, stage, part) < 0.05
-    pairs = np.load(next((tmp_path / "out/cache").glob("couplings_rf2-*.npy")))
-    assert np.array_equal(pairs[:, 0], wired.made["rf2"].pairs.latents[:, 0])
+    pairs = np.load(next((tmp_path / "out/cache").glob("couplings_distill-*.npy")))
+    assert np.array_equal(pairs[:, 0], wired.made["distill"].pairs.latents[:, 0])
     assert pairs[:, 1].any((1, 2)).all()                # each was made by one of them
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 10
 
@@ -430,8 +441,7 @@ def test_gradient_accumulation_gives_the_same_weights_and_couplings(wired, tmp_p
     keys' biases in attention: a few weights among many."""
     flags = [*copied(wired, tmp_path, "vae"), "--grad_accum", parts]
     with opened(*flags, "--stage", "cfm") as run:
-        model = train.train_cfm(run, run.load("vae"))
-    assert apart(model, wired, "cfm", "dit") < 0.02
+        assert apart(train.train_cfm(run, run.load("vae")), wired, "cfm", "dit") < 0.02
     next((tmp_path / "cache").glob("couplings_rf2-*.npy")).unlink()
     with opened(*flags, "--stage", "rf2") as run:
         pairs = train.couplings(run, wired.models["rf1"], "rf2")
@@ -495,14 +505,24 @@ def test_a_full_disk_leaves_what_was_good(wired, tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(wired, tmp_path, monkeypatch, capsys):
+    def loss(*given, real=fa.rectified_flow_loss):
+        return math.nan * real(*given)
+
     flags = copied(wired, tmp_path, "vae", "cfm")
-    before = (tmp_path / "cfm/model.safetensors").read_bytes()
-    real = fa.rectified_flow_loss
-    monkeypatch.setattr(fa, "rectified_flow_loss", lambda *given: math.nan * real(*given))
-    assert exit_code("train.py", *flags, "--stage", "cfm", "--lr", 1e-4) == 2
+    model = tmp_path / "cfm/model.safetensors"
+    before = model.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(fa, "rectified_flow_loss", loss)
+        assert exit_code("train.py", *flags, "--stage", "cfm", "--lr", 1e-4) == 2
     said = capsys.readouterr().err
     assert "cfm: loss nan" in said and "at step 10" in said and said.count("\n") == 1
-    assert (tmp_path / "cfm/model.safetensors").read_bytes() == before
+    assert model.read_bytes() == before
+    with opened(*flags) as run, pytest.raises(InputError, match="lr was 0.0001"):
+        train.train_cfm(run, run.load("vae"))
+    model.unlink()
+    with opened(*flags) as run:                         # there is nothing to lose
+        train.train_cfm(run, run.load("vae"))
+    assert model.read_bytes() == before
 
 
 def test_an_exploding_gradient_is_named(wired, tmp_path, monkeypatch, capsys):
