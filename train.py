@@ -136,7 +136,7 @@ def main(run: Run) -> None:
     model = train_rf2(run, model, pairs)                    # Eq. 5, 8, 12
     pairs = couplings(run, model, "distill")                # Eq. 10-11
     distill(run, model, pairs)                              # Eq. 13
-    if run.flags.stage in ("all", "eval"):
+    if run.flags.stage in ("all", "eval") and rank_and_world()[0] == 0:
         evaluate(run)                                       # Eq. 14
 
 

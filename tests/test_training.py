@@ -420,12 +420,19 @@ def test_six_kills_lose_nothing(wired, tmp_path):
 def test_two_processes_train_like_one(wired, tmp_path):
     """To rounding: see the next test. The 1-RF pairs each process's part of a batch by itself."""
     script = tmp_path / "tiny.py"
+    judged = tmp_path / "judged"
     script.write_text("import runpy, flashaudio\nfrom tests.helpers import TINY\n"
+                      "from evaluation import evaluate as module\n"
+                      "def evaluate(run, real=module.evaluate):\n"
+                      f"    open(r'{judged}', 'a').write('once ')\n"
+                      "    real(run)\n"
+                      "module.evaluate = evaluate\n"
                       "flashaudio.PRESETS['toy'] = TINY\n"
                       "runpy.run_path('train.py', run_name='__main__')\n")
     done = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, script,
                "--data", wired.data, "--out", tmp_path / "out", *FLAGS, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
+    assert judged.read_text() == "once "                # by one process: two would write one table
     for stage, part in (("vae", "vae"), ("cfm", "dit"), ("cfm", "text")):
         ours = FlashAudio.from_pretrained(tmp_path / "out" / stage)
         assert apart(ours, wired, stage, part) < 0.05
