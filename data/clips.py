@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.rows import read_folder, read_manifest
 from flashaudio import HOP, SAMPLE_RATE, FlashAudio, InputError, mel_spectrogram
-from runs.cache import bar, blocks, cached, digest, release, write_atomically
+from runs.cache import bar, blocks, cached, digest, one_thread, release, write_atomically
 from runs.processes import barrier, rank_and_world
 
 # libsndfile's log of a file whose header promises more sound than there is
@@ -235,16 +235,14 @@ class Clips:
             unreadable = {}
             # the others were done by a run that was interrupted; no log-mel is 0 to the bit
             left = [i for i in range(len(files)) if array[i, -1, -1] == 0]
-            threads = torch.get_num_threads()
-            torch.set_num_threads(1)            # a processor for each file, not all for one
-            for i, made in in_threads(mel, left, "mels"):
-                if isinstance(made, str):
-                    unreadable[contents[i]] = made
-                else:
-                    array[i] = made
-                if i % 64 == 63:
-                    release(array)
-            torch.set_num_threads(threads)
+            with one_thread():                  # a processor for each file, not all for one
+                for i, made in in_threads(mel, left, "mels"):
+                    if isinstance(made, str):
+                        unreadable[contents[i]] = made
+                    else:
+                        array[i] = made
+                    if i % 64 == 63:
+                        release(array)
             write_atomically(cache.with_suffix(".json"), json.dumps(unreadable).encode())
 
         mels = cached(cache, (len(files), 80, frames), fill)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from flashaudio import SAMPLE_RATE, InputError, mel_spectrogram
+from runs.cache import one_thread
 
 SAMPLES = 32768     # in a clip: 2.048 s or 128 mel frames, enough for two sounds and for a laptop
 FADE = 640          # samples (40 ms) at both ends of a sound, also where two meet: no clicks
@@ -313,19 +314,17 @@ def train_judge(path: Path | str | None = None, seed: int = 0, steps: int = 500,
         wav = torch.from_numpy(np.stack(list(workers.map(clip, range(len(target))))))
     mels = torch.cat([mel_spectrogram(part) for part in wav.split(256)])
     generator = torch.Generator().manual_seed(seed)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # so small a network gains nothing from two
     optimizer = torch.optim.AdamW(judge.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in trange(steps, desc="judge", disable=not progress):
-        batch = torch.randint(len(mels), (64,), generator=generator)
-        _, log_posterior = judge(spoiled(mels[batch], generator))
-        loss = F.nll_loss(log_posterior, target[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    torch.set_num_threads(threads)
+    with one_thread():  # so small a network gains nothing from two
+        for _ in trange(steps, desc="judge", disable=not progress):
+            batch = torch.randint(len(mels), (64,), generator=generator)
+            _, log_posterior = judge(spoiled(mels[batch], generator))
+            loss = F.nll_loss(log_posterior, target[batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         safetensors.torch.save_file(judge.state_dict(), f"{path}.tmp", settings)

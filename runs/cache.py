@@ -5,6 +5,7 @@ import json
 import math
 import mmap
 import os
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
 
@@ -51,6 +52,17 @@ def weights_digest(module: nn.Module) -> bytes:
             h.update(name.encode())
             h.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return h.digest()
+
+
+@contextmanager
+def one_thread():
+    """Torch on one thread, and on as many as before when it ends, however it ends."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def bar(iterable, text: str, **more) -> tqdm:

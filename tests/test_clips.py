@@ -220,3 +220,18 @@ def test_the_toy_judge_hears_real_clips_and_refuses_to_judge_below_its_bar(tmp_p
     ("bell>rain", "bell>rain", {"order": True}), ("rain>bell", "bell>rain", {"order": False})])
 def test_what_the_caption_names_is_measured_and_can_be_wrong(scene, named, found):
     assert toy.measure(toy.synthesise(scene, np.random.default_rng(0)), named) == found
+
+
+def test_torch_has_its_threads_back_when_mels_are_interrupted(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr("data.clips.load_audio", interrupted)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Clips(write_clips(tmp_path, 2), tmp_path / "cache", 32)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
