@@ -115,7 +115,7 @@ from flashaudio import FlashAudio
 from pretrained import make_an_audio, vocoders
 from runs.cache import blocks, cached, digest
 from runs.processes import Objective, barrier, distributed, join, rank_and_world
-from runs.run import Progress, Run, find_device, lock, one_line_errors, peak_memory
+from runs.run import Progress, Run, find_device, lock, names_of, one_line_errors, peak_memory
 from runs.start import latent_scale, new_model
 
 Pairing = Callable[[Tensor, Tensor], Tensor]        # z0, z1 -> z0 in the order of the data
@@ -367,7 +367,7 @@ def couplings(run: Run, model: FlashAudio, stage: str,
                              steps, guidance, *anchoring)
             array[i:i + size] = torch.stack([z0, z1.cpu()], 1)
 
-    names = [f"{f.__module__}.{f.__qualname__}" for f in (sampler, pair) if f is not None]
+    names = names_of(sampler, pair)
     key = digest(model, data.key, flags.seed, len(clips), steps, guidance, anchoring, names)
     shape = (len(clips), 2, *model.latent_shape())
     latents = cached(data.cache / f"couplings_{stage}-{key}.npy", shape, fill)

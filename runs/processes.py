@@ -62,8 +62,15 @@ class Objective(nn.Module):
 
 
 def distributed(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module, with its gradients averaged over the processes if there are several."""
+    """The module, with its gradients averaged over the processes if there are several.
+
+    What is not trained is the same in all of them, and may lie on another device.
+    """
     if rank_and_world()[1] == 1:
         return module
+    ddp = nn.parallel.DistributedDataParallel
+    untrained = [name for name, p in module.named_parameters() if not p.requires_grad]
+    untrained += [name for name, _ in module.named_buffers()]
+    ddp._set_params_and_buffers_to_ignore_for_model(module, untrained)
     device_ids = [device] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(module, device_ids, broadcast_buffers=False)
+    return ddp(module, device_ids, broadcast_buffers=False)

@@ -67,7 +67,7 @@ class Run:
         own["from"] = digest(getattr(start, "key", start))
         if self.flags.init and stage == "cfm":
             own["from"] = content_of(self.flags.init)
-        own["functions"] = [f"{f.__module__}.{f.__qualname__}" for f in functions if f]
+        own["functions"] = names_of(*functions)
         return own
 
     def done(self, stage: str, start: Any = None, *functions: Callable | None) -> bool:
@@ -149,6 +149,11 @@ class Run:
         """The part of a step's tensors or arrays (B, ...) that this process works on."""
         rank, world = rank_and_world()
         return [x[rank::world] for x in batch]
+
+
+def names_of(*functions: Callable | None) -> list[str]:
+    """What functions are known by in settings and keys; None has no name."""
+    return [f"{f.__module__}.{f.__qualname__}" for f in functions if f is not None]
 
 
 def content_of(source: str) -> str:

@@ -27,6 +27,7 @@ import train
 from data import toy
 from evaluation.judges import NearestClip
 from flashaudio import FlashAudio, InputError
+from runs import processes
 from runs.run import STAGES, WHERE, Run
 from runs.start import initialize
 from tests.helpers import (ROOT, TINY, exit_code, opened, rng, run, save_text_model, tiny_model,
@@ -440,6 +441,23 @@ def test_two_processes_train_like_one(wired, tmp_path):
     assert np.array_equal(pairs[:, 0], wired.made["distill"].pairs.latents[:, 0])
     assert pairs[:, 1].any((1, 2)).all()                # each was made by one of them
     assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 10
+
+
+def test_what_is_not_trained_may_lie_on_another_device(tmp_path, monkeypatch):
+    """As VAE and text encoder do beside a backbone on a GPU; here `meta` stands for the other."""
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(processes, "rank_and_world", lambda: (0, 2))
+        module = torch.nn.ModuleDict({"trained": torch.nn.Linear(2, 2),
+                                      "frozen": torch.nn.Linear(2, 2, device="meta")})
+        module.frozen.requires_grad_(False)
+        module.frozen.register_buffer("held", torch.zeros(2, device="meta"))
+        module.forward = module.trained.forward
+        shared = processes.distributed(module, torch.device("cpu"))
+        shared(torch.ones(1, 2)).sum().backward()
+        assert module.trained.weight.grad.tolist() == [[1, 1], [1, 1]]
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("parts", [2, 3])
