@@ -103,7 +103,7 @@ from typing import Callable
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import flashaudio as fa
 from data import toy
@@ -157,13 +157,21 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw: D
         rate = lr * learning_rate(flags, step, steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        value = accumulate_gradients(run, objective, draw(step))
+        batch = [x.to(run.device) for x in draw(step)]
+        parts = list(zip(*(x.chunk(flags.grad_accum) for x in batch)))
+        mean = torch.zeros((), device=run.device)
+        for part in parts:
+            objective.require_backward_grad_sync = part is parts[-1]    # under torchrun: once
+            with run.autocast():
+                value = objective(*part) * (len(part[0]) / len(batch[0]))
+            value.backward()
+            mean += value.detach()
         norm = torch.nn.utils.clip_grad_norm_(weights, flags.grad_clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         decay = min(flags.ema, (step + 1) / (step + 10))                # short memory at first
         torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - decay)
-        progress.log(value, norm, rate)
+        progress.log(mean, norm, rate)
     torch._foreach_copy_([p.detach() for p in weights], average)
     return finish(run, stage, model.eval(), progress)
 
@@ -172,21 +180,6 @@ def learning_rate(flags: Flags, step: int, steps: int) -> float:
     """Share of the peak rate: linear warm-up, then a cosine down to lr_end."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
     return min(1.0, (step + 1) / flags.warmup) * (flags.lr_end + (1 - flags.lr_end) * cosine)
-
-
-def accumulate_gradients(run: Run, objective: nn.Module, batch: list[Tensor]) -> Tensor:
-    """Gradients of the mean loss over a batch, worked through in --grad_accum parts -> the loss."""
-    parts = list(zip(*(x.to(run.device).chunk(run.flags.grad_accum) for x in batch)))
-    alone = rank_and_world()[1] == 1
-    total = torch.zeros((), device=run.device)
-    for part in parts:
-        last = part is parts[-1]            # processes average their gradients with it alone
-        with nullcontext() if alone or last else objective.no_sync():
-            with run.autocast():
-                loss = objective(*part) * (len(part[0]) / len(batch[0]))
-            loss.backward()
-        total += loss.detach()
-    return total
 
 
 def finish(run: Run, stage: str, model: FlashAudio, progress: Progress) -> FlashAudio:
