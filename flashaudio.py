@@ -38,6 +38,7 @@ import warnings
 from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Callable
 
@@ -131,14 +132,20 @@ def euler_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | No
     return_trajectory: all of z_0 .. z_1 instead, (steps + 1, B, ...). integer_time: hand the
     network t rounded down to thousandths, as the public sampler does.
     """
-    times = torch.linspace(0, 1, steps + 1)
     z, trajectory = z0, [z0]
     for i in range(steps):
-        t = (times[i] * 1000).floor() / 1000 if integer_time else times[i]
-        v = guided_velocity(model, z, z.new_full((len(z),), t.item()), context, null, guidance)
-        z = z + (times[i + 1] - times[i]).item() * v
+        time = whole_thousandths(i, steps) if integer_time else i / steps
+        t = torch.full((len(z),), time, device=z.device)        # float32: bf16 has 8 bits
+        z = z + guided_velocity(model, z, t, context, null, guidance) / steps
         trajectory.append(z)
     return torch.stack(trajectory) if return_trajectory else z
+
+
+def whole_thousandths(i: int, steps: int) -> float:
+    """i / steps rounded down to thousandths, with the rounding of the public float32 linspace."""
+    dt = torch.tensor(1 / steps).item()
+    t = i * dt if 2 * i < steps else 1 - (steps - i) * dt
+    return (1000 * torch.tensor(t)).floor().item() / 1000
 
 
 def anchored_cfg_loss(anchor: Tensor, z: Tensor, v_cond: Tensor, v_null: Tensor,
@@ -152,6 +159,7 @@ def anchored_cfg_loss(anchor: Tensor, z: Tensor, v_cond: Tensor, v_null: Tensor,
     return (anchor - (z + dt * v_cfg)).pow(2).flatten(1).mean(1)
 
 
+@torch.no_grad()
 def optimise_null(model: Velocity, null: Tensor, anchor: Tensor, z: Tensor, t: Tensor,
                   v_cond: Tensor, guidance: float, dt: float, iterations: int, lr: float,
                   enough: float) -> tuple[Tensor, Tensor]:
@@ -190,10 +198,12 @@ def anchored_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, 
     """
     anchor = euler_sample(model, z0, context, steps=steps, return_trajectory=True)
     dt = 1 / steps
+    v_cond = (anchor[1] - z0) / dt                  # the two paths leave z0 together
     z, trajectory = z0, [z0]
     for i in range(steps):
         t = torch.full((len(z),), i * dt, device=z.device)
-        v_cond = model(z, t, context)
+        if i > 0:
+            v_cond = model(z, t, context)
         enough = tolerance * (1 + 100 * i * dt) * (50 * dt) ** 2
         null, v_null = optimise_null(model, null, anchor[i + 1], z, t, v_cond, guidance, dt,
                                      anchor_steps, lr * (1 - i * dt / 2), enough)
@@ -216,16 +226,11 @@ def make_couplings(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, s
                            return_trajectory)
 
 
-def straightness(trajectory: Tensor, relative: bool = False) -> float:
-    """S(Z) = ∫ E || (Z_1 - Z_0) - dZ_t/dt ||² dt of simulated paths (steps + 1, B, ...) (Fig. 2).
-
-    0 is straight. relative: divided by E || Z_1 - Z_0 ||², to compare latents of different size.
-    """
+def straightness(trajectory: Tensor) -> float:
+    """S(Z) = ∫ E || (Z_1 - Z_0) - dZ_t/dt ||² dt of paths (steps + 1, B, ...); Fig. 2."""
     way = trajectory[-1] - trajectory[0]
     velocity = trajectory.diff(dim=0) * (len(trajectory) - 1)
-    bend = (way - velocity).flatten(2).pow(2).sum(2).mean()
-    scale = way.flatten(1).pow(2).sum(1).mean() if relative else 1.0
-    return (bend / scale).item()
+    return (way - velocity).flatten(2).pow(2).sum(2).mean().item()
 
 
 # ---- 2. Networks, with the key names of Make-An-Audio 3. First MelVAE: mel <-> latent -----------
@@ -244,16 +249,12 @@ class VAEConfig:
     norm_groups: int = 32                         # of GroupNorm; two channels a group erase a tone
 
 
-def group_norm(width: int, groups: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, width, eps=1e-6)
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, width_in: int, width: int, kernel: int, groups: int):
         super().__init__()
-        self.norm1 = group_norm(width_in, groups)
+        self.norm1 = nn.GroupNorm(groups, width_in, 1e-6)
         self.conv1 = nn.Conv1d(width_in, width, kernel, padding=kernel // 2)
-        self.norm2 = group_norm(width, groups)
+        self.norm2 = nn.GroupNorm(groups, width, 1e-6)
         self.conv2 = nn.Conv1d(width, width, kernel, padding=kernel // 2)
         if width_in != width:
             self.nin_shortcut = nn.Conv1d(width_in, width, 1)
@@ -264,24 +265,19 @@ class ResidualBlock(nn.Module):
         return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
 
 
-def pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """A convolution of kernel 1 on frames (B, T, width): a matrix product, which is faster."""
-    return F.linear(x, conv.weight.squeeze(2), conv.bias)
-
-
 class FrameAttention(nn.Module):
     """One head over all frames, in the middle of the encoder and of the decoder."""
 
     def __init__(self, width: int, groups: int):
         super().__init__()
-        self.norm = group_norm(width, groups)
+        self.norm = nn.GroupNorm(groups, width, 1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv1d(width, width, 1) for _ in range(4))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x).transpose(1, 2)                                        # (B, T, width)
-        q, k, v = pointwise(self.q, h), pointwise(self.k, h), pointwise(self.v, h)
-        h = pointwise(self.proj_out, F.scaled_dot_product_attention(q, k, v))
-        return x + h.transpose(1, 2)
+        h = self.norm(x)
+        q, k, v = (conv(h).transpose(1, 2) for conv in (self.q, self.k, self.v))    # (B, T, width)
+        h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return x + self.proj_out(h)
 
 
 class Downsample(nn.Module):
@@ -329,8 +325,9 @@ def vae_encoder(c: VAEConfig) -> nn.Sequential:
         if i in c.down_levels:
             down[i].add_module("downsample", Downsample(width))
     return named(conv_in=nn.Conv1d(c.mel_bins, widths[0], **conv), down=down,
-                 mid=middle(widths[-1], kernel, groups), norm_out=group_norm(widths[-1], groups),
-                 swish=nn.SiLU(), conv_out=nn.Conv1d(widths[-1], 2 * c.z_channels, **conv))
+                 mid=middle(widths[-1], kernel, groups),
+                 norm_out=nn.GroupNorm(groups, widths[-1], 1e-6), swish=nn.SiLU(),
+                 conv_out=nn.Conv1d(widths[-1], 2 * c.z_channels, **conv))
 
 
 def vae_decoder(c: VAEConfig) -> nn.Sequential:
@@ -345,7 +342,7 @@ def vae_decoder(c: VAEConfig) -> nn.Sequential:
             up[str(i)].add_module("upsample", Upsample(widths[i]))
     return named(conv_in=nn.Conv1d(c.z_channels, widths[-1], **conv),
                  mid=middle(widths[-1], 3, groups), up=nn.Sequential(up),
-                 norm_out=group_norm(widths[0], groups), swish=nn.SiLU(),
+                 norm_out=nn.GroupNorm(groups, widths[0], 1e-6), swish=nn.SiLU(),
                  conv_out=nn.Conv1d(widths[0], c.mel_bins, **conv))
 
 
@@ -420,6 +417,8 @@ class TextEncoder(nn.Module):
         half_turn = torch.arange(self.words)[:, None] * math.pi / self.words
         octaves = 2.0 ** (-torch.arange(width // 2) / (width / 8))
         self.register_buffer("turn", turns(half_turn * octaves), persistent=False)
+        powers = 389 ** torch.arange(max(self.PIECES))      # a prime above 257 ids
+        self.register_buffer("powers", powers, persistent=False)
 
     def tokenize(self, captions: list[str]) -> Tensor:
         """Captions -> byte ids (B, max_length); padding is 0, byte b is b + 1."""
@@ -446,8 +445,8 @@ class TextEncoder(nn.Module):
         for i, n in enumerate(self.PIECES):
             last = F.pad(ids, (n - 1, 0), value=-1).unfold(1, n, 1)                 # (B, bytes, n)
             same = F.pad(word, (n - 1, 0), value=-1).unfold(1, n, 1) == word[..., None]
-            powers = 389 ** torch.arange(n, device=ids.device)      # a prime above 257 ids
-            buckets.append((last * same * powers).sum(-1) % self.BUCKETS + i * self.BUCKETS)
+            number = (last * same * self.powers[:n]).sum(-1)
+            buckets.append(number % self.BUCKETS + i * self.BUCKETS)
         return torch.stack(buckets, -1)
 
 
@@ -504,8 +503,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, context_dim: int, heads: int):
         super().__init__()
-        linears = (nn.Linear(width, width, bias=False) for _ in range(4))
-        self.wq, self.wk, self.wv, self.wo = linears
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(width, width, bias=False) for _ in range(4))
         self.wk_y = nn.Linear(context_dim, width, bias=False)
         self.wv_y = nn.Linear(context_dim, width, bias=False)
         self.gate = nn.Parameter(torch.zeros(heads))
@@ -598,25 +596,22 @@ class DiT(nn.Module):
         self.cap_embedder = nn.Sequential(nn.LayerNorm(c.context_dim),
                                           nn.Linear(c.context_dim, width))
         self.proj_in = nn.Linear(c.in_channels, width)
-        blocks = (Block(width, c.context_dim, c.num_heads) for _ in range(c.depth))
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = nn.ModuleList(Block(width, c.context_dim, c.num_heads)
+                                    for _ in range(c.depth))
         self.final_layer = FinalLayer(width, c.in_channels)
         self.register_buffer("rope", rope_table(c.max_len, width // c.num_heads), persistent=False)
         places = rotate(torch.ones(width), rope_table(c.max_len, width))        # (max_len, width)
         self.register_buffer("places", places * c.absolute_positions, persistent=False)
-        self.apply(self.init_linear)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)      # an untrained network returns 0
         for i in (0, 2):
             nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
-
-    @staticmethod
-    def init_linear(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """z (B, C, L), t (B,) in [0, 1], context (B, N, D) -> velocity (B, C, L)."""
@@ -779,15 +774,18 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
     def check(self, prompts: str | list[str] | Tensor, steps: int = 1, guidance: float = 1.0,
               seconds: float | None = None) -> list[str] | Tensor:
         """The prompts as a list, or the context that they are. Raises InputError, in one line."""
-        if not isinstance(steps, int) or steps < 1:
-            raise InputError(f"steps is {steps}, must be a whole number of at least 1")
-        if not abs(guidance) < 1000:
-            raise InputError(f"guidance is {guidance:g}: 1 is none, 3 is strong")
+        if not isinstance(steps, Integral) or steps < 1:
+            raise InputError(f"steps is {steps!r}, must be a whole number of at least 1")
+        if not isinstance(guidance, Real) or not abs(guidance) < 1000:
+            raise InputError(f"guidance is {guidance!r}: 1 is none, 3 is strong")
         if seconds is not None and not 0.03 <= seconds < 3600:
             raise InputError(f"seconds is {seconds:g}, must be at least 0.03 and below 3600")
         if self.text is None and (guidance != 1.0 or not isinstance(prompts, Tensor)):
             raise InputError("this model has no text stage: give it contexts, and no guidance")
         if isinstance(prompts, Tensor):
+            width = self.config.dit.context_dim
+            if prompts.dim() != 3 or 0 in prompts.shape or prompts.shape[2] != width:
+                raise InputError(f"a context of shape {tuple(prompts.shape)}: not (B, N, {width})")
             return prompts
         prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
         if not prompts:
@@ -813,14 +811,15 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
             names = [""] * count if isinstance(prompts, Tensor) else prompts
             seed = torch.Generator().seed() % 2 ** 31 if seed is None else seed
             z0 = self.noise(names, seed, self.latent_shape(seconds))
-        if z0.dim() != 3 or len(z0) != count or z0.shape[1] != self.config.vae.embed_dim:
-            raise InputError(f"z0 has the shape {tuple(z0.shape)}, needs "
-                             f"({count}, {self.config.vae.embed_dim}, latent frames)")
+        needed = (count, self.config.vae.embed_dim)
+        if z0.dim() != 3 or z0.shape[:2] != needed or not z0.float().abs().mean() < math.inf:
+            raise InputError(f"z0 of shape {tuple(z0.shape)} is not finite noise {(*needed, 'L')}")
         context = prompts if isinstance(prompts, Tensor) else self.contexts(prompts)
         null = self.contexts([""]).expand(count, -1, -1) if guidance != 1.0 else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return euler_sample(self.dit, z0.to(self.device), context.to(self.device), null, steps,
-                                guidance, return_trajectory, self.config.integer_time)
+            z0, context = z0.to(self.scale_factor), context.to(self.scale_factor)
+            return euler_sample(self.dit, z0, context, null, steps, guidance, return_trajectory,
+                                self.config.integer_time)
 
     @torch.no_grad()
     def generate(self, prompts: str | list[str] | Tensor, steps: int = 1, guidance: float = 1.0,
@@ -865,6 +864,8 @@ def check_size(config: FlashAudioConfig, held: int) -> None:
     frozen = [text.bert.get("num_hidden_layers", 0), text.t5.get("num_layers", 0)]
     if max(dit.depth, text.layers, vae.res_blocks, len(vae.channel_mult), *frozen) > 1000:
         raise InputError("config.json describes more than 1000 layers")
+    if not 0 < config.frames < 2 ** 24:
+        raise InputError(f"config.json has clips of {config.frames} frames")
     if text.encoder not in TEXT_ENCODERS:
         config = replace(config, text=TextConfig("none"))       # these weights are not in the file
     with torch.device("meta"):                      # sizes without memory
@@ -885,8 +886,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     x, y = x.cpu().double(), y.cpu().double()       # MPS has no float64
     cov_x, cov_y = x.T.cov(), y.T.cov()
     cross = torch.linalg.svdvals(root(cov_x) @ root(cov_y)).sum()       # tr (cov_x cov_y)^(1/2)
-    means = (x.mean(0) - y.mean(0)).pow(2).sum()
-    distance = means + cov_x.trace() + cov_y.trace() - 2 * cross
+    distance = (x.mean(0) - y.mean(0)).pow(2).sum() + cov_x.trace() + cov_y.trace() - 2 * cross
     return max(0.0, distance.item())                # rounding may go below
 
 

@@ -148,7 +148,8 @@ def measure(run: SharedRun, judge: Judge, row: Row) -> dict:
     if row.table == "Fig. 2, 3":
         paths = model.sample_latents(judge.captions, 24, z0=z0, return_trajectory=True)
         found["straightness"] = fa.straightness(paths)
-        found["relative straightness"] = fa.straightness(paths, relative=True)
+        way = (paths[-1] - paths[0]).flatten(1).pow(2).sum(1).mean().item()
+        found["relative straightness"] = found["straightness"] / way
     if row.table == "Fig. 4":
         found |= measure_couplings(run, judge, row, z0)
     if row.table == "Pairing":
