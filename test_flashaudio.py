@@ -174,6 +174,17 @@ def test_euler_by_value(steps):
     assert path.shape == (steps + 1, 2, 3) and torch.equal(path[0], z0)
 
 
+def test_the_network_is_told_the_time_in_full_or_as_the_public_sampler_tells_it():
+    z0, context, _ = points()
+    for integer_time, expected in ((False, 5 / 25), (True, 0.199)):     # 25 float32 steps: 0.19999
+        field = Field()
+        fa.euler_sample(field, z0.bfloat16(), context.bfloat16(), steps=25,
+                        integer_time=integer_time)
+        told = torch.stack([t[0] for _, t, _ in field.calls])
+        assert told[5].item() == pytest.approx(expected, abs=1e-7)      # bf16 is off by 1e-3
+        assert not integer_time or torch.equal(told, (1000 * told).round() / 1000)
+
+
 # ---- Anchored optimisation -----------------------------------------------------------------------
 
 def test_anchored_loss_by_value():

@@ -140,10 +140,17 @@ def cached(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Write beside `path`, then rename: a reader sees the old file or the new one, never half."""
+    """Write beside `path`, then rename: a reader sees the old file or the new one, never half.
+
+    Raises OSError, with the name of the file, where there is no room.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        temporary.unlink(missing_ok=True)
+        raise OSError(e.errno, e.strerror, str(path)) from e

@@ -1,6 +1,7 @@
 """Wrong input: one line on stderr that says what is wrong, exit code 2, nothing half-written."""
 
 import json
+import resource
 import shlex
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from scipy.io import wavfile
 
+from runs.cache import write_atomically
 from runs.run import lock
 from tests.helpers import ROOT, TINY, exit_code, run, tiny_model, write_clips
 
@@ -159,3 +161,16 @@ def test_any_console_can_show_a_prompt(corner, tmp_path, encoding):
     done = run("sample.py", "ω → 雨", "--model", corner / "whole", "--steps", 2, "--guidance", 2,
                "--out", tmp_path, PYTHONIOENCODING=encoding)
     assert done.returncode == 0 and (tmp_path / "index.html").exists(), done.stderr
+
+
+def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path):
+    page = tmp_path / "index.html"
+    write_atomically(page, b"old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))         # bytes a file may have
+    try:
+        with pytest.raises(OSError, match="index.html"):
+            write_atomically(page, bytes(100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert page.read_bytes() == b"old" and list(tmp_path.iterdir()) == [page]
