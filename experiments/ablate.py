@@ -21,7 +21,6 @@ import train
 from data import toy
 from data.clips import Clips, load_audio
 from evaluation.judges import ToyJudge, is_toy
-from experiments import figures
 from experiments.pairings import cfg_zero_sample, knn_pairing, variant
 from experiments.tables import judge_claims, print_tables, summary
 from flashaudio import FlashAudio, InputError
@@ -200,7 +199,7 @@ def measure_pairing(run: SharedRun, model: FlashAudio, pair: train.Pairing | Non
 
 
 def ablate(run: Run, seeds: int, text: str = "") -> None:
-    """Train and measure every row with `text` in its name for every seed; print and draw it."""
+    """Train and measure every row with `text` in its name for every seed; print the tables."""
     chosen = [row for row in plan() if text in f"{row.table} {row.name}"]
     if not chosen:
         raise InputError(f"--rows '{text}': no row has that in its name; '2-RF full' is one")
@@ -222,10 +221,6 @@ def ablate(run: Run, seeds: int, text: str = "") -> None:
     written = {"tables": tables, "claims": claims, "rows": measured, "flags": asdict(run.flags)}
     write_atomically(run.out / "ablation.json", json.dumps(written, indent=1).encode())
     print_tables(tables, claims)
-    full = [row["folders"] for row in measured if row["name"] == "distill"]
-    if full and "ω = 1, plain" in tables.get("Fig. 4", {}):
-        shared = SharedRun(run.flags, run.data, run.device, run.vocoder, names=full[0])
-        figures.draw(run.out / "figures", shared, tables=tables)
 
 
 def main(argv: list[str] | None = None) -> None:

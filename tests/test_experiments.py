@@ -129,19 +129,12 @@ def test_ablations_share_stages_go_on_and_count_what_is_on_disk(quick, monkeypat
 
 
 def test_pictures_of_a_run_and_of_one_that_was_moved(quick, tmp_path):
-    point = [1.0, None, 1]
-    steps = {"fd 1 steps": point, "accuracy 1 steps": point, "straightness": point}
-    guided = {**steps, "fd couplings": point, "effective guidance": point}
-    found = {"Fig. 2, 3": {"cfm": steps, "distill": steps},
-             "Fig. 4": {"ω = 1, plain": guided, "ω = 3, plain": guided}}
     with train.open_run(quick) as run:
         train.main(run)
-        figures.draw(tmp_path / "all", run, tables=found)
-    assert sorted(path.stem for path in (tmp_path / "all").iterdir()) == [
-        "guidance", "loss_by_t", "mels", "one_step", "steps", "timesteps", "trajectories"]
     shutil.move(quick.out, tmp_path / "moved")
     figures.main([str(tmp_path / "moved"), "--out", str(tmp_path / "docs")])
-    assert len(list((tmp_path / "docs").iterdir())) == 4
+    names = [path.name for path in sorted((tmp_path / "docs").iterdir())]
+    assert names == ["one_step.png", "trajectories.png"]
     with pytest.raises(InputError, match="no finished run"):
         figures.main([str(tmp_path / "nowhere")])
 
