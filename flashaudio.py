@@ -10,7 +10,7 @@ network is trained three times more, until one step is enough:
     2-RF       reflow: trained on the (noise, sample) pairs that the 1-RF makes    a few steps
     distilled  trained at t = 0 on the pairs that the 2-RF makes                   one step
 
-Notation, the same everywhere:
+Notation:
     z0  noise ~ N(0, I) at t = 0        z1  audio latent at t = 1       z_t = (1 - t) z0 + t z1
     v   velocity dz_t / dt              c   context (B, N, D)           ∅   null context, that of ""
     ω   guidance scale                  NFE evaluations of the network
@@ -135,7 +135,7 @@ def euler_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | No
     z, trajectory = z0, [z0]
     for i in range(steps):
         time = whole_thousandths(i, steps) if integer_time else i / steps
-        t = torch.full((len(z),), time, device=z.device)        # float32: bf16 has 8 bits
+        t = torch.full((len(z),), time, device=z.device)        # float32, also for a z of bf16
         z = z + guided_velocity(model, z, t, context, null, guidance) / steps
         trajectory.append(z)
     return torch.stack(trajectory) if return_trajectory else z
@@ -143,8 +143,8 @@ def euler_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | No
 
 def whole_thousandths(i: int, steps: int) -> float:
     """i / steps rounded down to thousandths, with the rounding of the public float32 linspace."""
-    dt = torch.tensor(1 / steps).item()
-    t = i * dt if 2 * i < steps else 1 - (steps - i) * dt
+    dt = torch.tensor(1 / steps).item()             # float32
+    t = i * dt if 2 * i < steps else 1 - (steps - i) * dt           # linspace counts from both ends
     return (1000 * torch.tensor(t)).floor().item() / 1000
 
 
@@ -168,7 +168,7 @@ def optimise_null(model: Velocity, null: Tensor, anchor: Tensor, z: Tensor, t: T
     v_null = torch.empty_like(z)
     optimizer = torch.optim.Adam([null], lr=lr)
     busy = torch.arange(len(z), device=z.device)    # a sample that is near enough leaves the batch
-    for iteration in range(iterations + 1):
+    for iteration in range(iterations + 1):         # the last one evaluates v(z, t, ∅_t) alone
         with torch.set_grad_enabled(iteration < iterations):
             v = model(z[busy], t[busy], null[busy])
             loss = anchored_cfg_loss(anchor[busy], z[busy], v_cond[busy], v, guidance, dt)
@@ -178,10 +178,10 @@ def optimise_null(model: Velocity, null: Tensor, anchor: Tensor, z: Tensor, t: T
             break
         null.grad, = torch.autograd.grad(loss, null, far.float())   # each sample has its own ∅
         busy = busy[far]
-        before = null.detach().clone()
+        kept = null.clone()
         optimizer.step()                            # moves the others too, by their momentum
-        before[busy] = null[busy]
-        null.copy_(before)
+        kept[busy] = null[busy]
+        null.copy_(kept)
     return null.detach(), v_null
 
 
@@ -193,12 +193,12 @@ def anchored_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, 
 
     z0 (B, ...), context and null (B, N, D) -> z1 (B, ...). After null-text inversion (Mokady et al.
     2023), the paper's source: ∅ is carried from step to step, each step has a fresh Adam of rate
-    lr (1 - t/2), at most `anchor_steps` iterations, and leaves a sample alone below tolerance
-    (1 + 100 t), meant for steps of 1/50 and scaled with their square. At convergence this is ω = 1.
+    lr (1 - t/2) and at most `anchor_steps` iterations, and leaves alone a sample with a loss below
+    tolerance x (1 + 100 t) x (50 / steps)². Converged it would undo the guidance: few are meant.
     """
     anchor = euler_sample(model, z0, context, steps=steps, return_trajectory=True)
     dt = 1 / steps
-    v_cond = (anchor[1] - z0) / dt                  # the two paths leave z0 together
+    v_cond = (anchor[1] - z0) / dt                  # at t = 0 the anchor has evaluated it
     z, trajectory = z0, [z0]
     for i in range(steps):
         t = torch.full((len(z),), i * dt, device=z.device)
@@ -435,7 +435,7 @@ class TextEncoder(nn.Module):
         word = (ids == 1 + ord(" ")).cumsum(1)                      # the word of each byte
         x = self.bytes(ids) + self.pieces(self.hashes(ids, word)).sum(-2)           # (B, bytes, D)
         member = F.one_hot(word.clamp(max=self.words - 1), self.words)              # (B, bytes, N)
-        member = member * (ids > 0)[..., None]
+        member = member * (ids > 0)[..., None]                      # padding belongs to none
         x = rotate(member.transpose(1, 2).to(x) @ x, self.turn)                     # (B, N, D)
         return self.norm(self.layers(x))
 
@@ -524,7 +524,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
-        inner = 256 * math.ceil(int(8 * width / 3) / 256)
+        inner = 256 * math.ceil(int(8 * width / 3) / 256)       # SwiGLU, as in LLaMA
         self.w1 = nn.Linear(width, inner, bias=False)
         self.w3 = nn.Linear(width, inner, bias=False)
         self.w2 = nn.Linear(inner, width, bias=False)
@@ -534,7 +534,7 @@ class FeedForward(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])
+    return torch.addcmul(shift[:, None], x, 1 + scale[:, None])     # one kernel for two
 
 
 class Block(nn.Module):
@@ -586,7 +586,7 @@ class DiT(nn.Module):
 
     RoPE tells frames how far apart they are, not where they are. At t = 0 every frame is noise, and
     nothing else tells the first half of "a bell followed by rain" from the second: all that the
-    distilled model sees. `absolute_positions` adds the sinusoids of Vaswani et al. (2017).
+    distilled model sees. `absolute_positions` adds sinusoids of the place (Vaswani et al. 2017).
     """
 
     def __init__(self, config: DiTConfig):
@@ -741,7 +741,7 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
         return self.vae.decode(z / self.scale_factor)
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
-        """v(z_t, t, c) -> (B, C, L); text: contexts (B, N, D), or captions as from `tokenize`."""
+        """v(z_t, t, c) -> (B, C, L); text: contexts (B, N, D), or captions as ids of `tokenize`."""
         context = text if text.is_floating_point() else self.text(text)
         return self.dit(z, t, context)
 
@@ -758,7 +758,7 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
         return self.config.vae.embed_dim, length
 
     def noise(self, prompts: list[str], seed: int, shape: tuple[int, int]) -> Tensor:
-        """z0 (B, C, L): the k-th copy of a prompt has the noise of seed + k, in any company."""
+        """z0 (B, C, L): the k-th copy of a prompt has the noise of seed + k, whatever else."""
         draws = []
         for i, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seed + prompts[:i].count(prompt))
@@ -830,8 +830,8 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
         prompts: a caption, several, or a context (B, N, D). steps: Euler steps; one for a distilled
         model. guidance: ω, 1 is none. seconds: length, rounded to latent frames. seed: the same
         seed gives the same clips; copies of one prompt in a batch differ. z0 (B, C, L): the noise
-        itself, in place of a seed. Raises InputError, in one line, for what cannot be meant. The
-        rest of the batch changes a latent by rounding alone; Griffin-Lim may turn that into phases.
+        itself, in place of a seed. Raises InputError for arguments that make no sense. The rest of
+        the batch changes a latent by rounding alone; Griffin-Lim may make other phases of that.
         """
         z = self.sample_latents(prompts, steps, guidance, seconds, seed, z0)
         return (vocoder or self.vocoder)(self.decode(z)).float()

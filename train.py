@@ -16,8 +16,8 @@ from runs.flags import check_limits, flag, read_flags
 
 @dataclass
 class Flags:
-    """Defaults are the toy recipe; PRESETS has what the larger sizes change. A flag with the name
-    of a stage in front is used from that stage on, any other from the first."""
+    """Defaults are the toy recipe; PRESETS has what the larger sizes change. A stage depends on the
+    flags that begin with its name or that of an earlier stage, and on those of every stage."""
     preset: str = flag("toy", "size of the model", choices=("toy", "small", "base", "large"))
     data: str = flag("toy", "a CSV with audio_path,caption[,split], a folder of sounds, or 'toy'")
     out: str = flag("", "folder of the run; out/<preset> if not given")
@@ -56,7 +56,7 @@ class Flags:
     rf2_anchor_tol: float = flag(1e-5, "loss at t = 0 below which a sample is left alone")
     rf2_steps: int = flag(1200, "steps of stage rf2")
     # distill
-    distill_couplings: int = flag(6000, "pairs that distill is trained on")   # few: by heart
+    distill_couplings: int = flag(6000, "pairs that distill is trained on")   # few: learnt by heart
     distill_coupling_steps: int = flag(8, "Euler steps a pair")
     distill_guidance: float = flag(1.0, "guidance scale of the pairs")  # the 2-RF has learnt ω
     distill_steps: int = flag(1000, "steps of stage distill")
@@ -121,7 +121,8 @@ from runs.start import latent_scale, new_model
 Pairing = Callable[[Tensor, Tensor], Tensor]        # z0, z1 -> z0 in the order of the data
 Draw = Callable[[int], list[Tensor]]                # step -> a batch, this process's part, (B, ...)
 
-# Pairing, density of t, loss and sampler are arguments of a stage: a fork calls it with its own.
+# Pairing, density of t, loss and sampler are arguments of the stages that have them: a fork calls
+# a stage with a function of its own.
 
 
 def main(run: Run) -> None:
@@ -158,12 +159,13 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw: D
         for group in optimizer.param_groups:
             group["lr"] = rate
         batch = [x.to(run.device) for x in draw(step)]
-        parts = list(zip(*(x.chunk(flags.grad_accum) for x in batch)))
+        micro_batches = list(zip(*(x.chunk(flags.grad_accum) for x in batch)))
         mean = torch.zeros((), device=run.device)
-        for part in parts:
-            objective.require_backward_grad_sync = part is parts[-1]    # under torchrun: once
+        for micro_batch in micro_batches:
+            # Under torchrun the processes average their gradients once, with the last of them
+            objective.require_backward_grad_sync = micro_batch is micro_batches[-1]
             with run.autocast():
-                value = objective(*part) * (len(part[0]) / len(batch[0]))
+                value = objective(*micro_batch) * (len(micro_batch[0]) / len(batch[0]))
             value.backward()
             mean += value.detach()
         norm = torch.nn.utils.clip_grad_norm_(weights, flags.grad_clip)
@@ -183,7 +185,7 @@ def learning_rate(flags: Flags, step: int, steps: int) -> float:
 
 
 def finish(run: Run, stage: str, model: FlashAudio, progress: Progress) -> FlashAudio:
-    """Save what a stage has trained, and let a person hear it."""
+    """Save what a stage has trained, a VAE with the scale of its latents; let a person hear it."""
     model.to(run.device)
     if stage == "vae":
         model.scale_factor.copy_(latent_scale(model, run.data.some_mels(run.flags.seed)))
@@ -240,7 +242,7 @@ def flow_batches(run: Run, stage: str, rows: np.ndarray, ends: Callable, texts: 
         z0, z1 = ends(batch, generator)
         t = density(len(batch), generator=generator)
         kept = torch.rand(len(batch), generator=generator) >= flags.caption_dropout
-        text = tensor(texts[place[batch] * kept.numpy()])
+        text = tensor(texts[np.where(kept, place[batch], 0)])
         z0, z1, t, text = run.share(z0, z1, t, text)
         if pair is not None:
             z0 = pair(z0, z1)
@@ -253,20 +255,20 @@ def clip_batches(run: Run, stage: str, model: FlashAudio, density: Callable[...,
                  pair: Pairing | None = None) -> tuple[Draw, tuple[str, ...]]:
     """flow_batches of noise and real clips, and the parts of the model that learn from them."""
     data = run.data
-    latents = data.latents(model)                   # mean and std of the posterior, (N, 2, C, L)
+    latents = data.latents(model)                   # posterior: mean and std, (files, 2, C, L)
     scale = model.scale_factor.cpu()
-    if model.text.trained:                          # reads bytes
+    if model.text.trained:                          # learns with the flow: give it the captions
         parts = ("text", "dit")
         texts = model.text.tokenize(["", *data.captions]).numpy()
         place = np.arange(1, len(texts))
-    else:                                           # is read: contexts
+    else:                                           # frozen: its contexts are computed once
         parts = ("dit",)
         texts, place = data.contexts(model)
 
     def ends(rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        noise, z0 = torch.randn(2, len(rows), *latents.shape[2:], generator=generator)
+        eps, z0 = torch.randn(2, len(rows), *latents.shape[2:], generator=generator)
         mean, std = torch.from_numpy(latents[data.file[rows]]).unbind(1)
-        return z0, scale * (mean + std * noise)
+        return z0, scale * (mean + std * eps)
 
     return flow_batches(run, stage, data.train, ends, texts, place, density, pair), parts
 
@@ -335,7 +337,8 @@ def couplings(run: Run, model: FlashAudio, stage: str,
         return None
     began = time.time()
     contexts, place = data.contexts(model)
-    clips = data.some(getattr(flags, f"{stage}_couplings"), flags.seed)     # one a pair
+    count = getattr(flags, f"{stage}_couplings")    # --rf2_couplings or --distill_couplings
+    clips = data.some(count, flags.seed)            # whose caption each pair has
     size = max(1, flags.batch_size // flags.grad_accum)
     steps = getattr(flags, f"{stage}_coupling_steps")
     guidance = getattr(flags, f"{stage}_guidance")
@@ -373,7 +376,10 @@ def train_rf2(run: Run, model: FlashAudio, pairs: Couplings,
               density: Callable[..., Tensor] = fa.mix_exp,
               loss: Callable[..., Tensor] = fa.rectified_flow_loss,
               pair: Pairing | None = None) -> FlashAudio:
-    """2-RF: Eq. 5 and 12 on couplings, with t of Eq. 8. pair: Algorithm 1 read literally."""
+    """2-RF: Eq. 5 and 12 on couplings, with t of Eq. 8.
+
+    pair: gives each sample other noise than it was made from, as Algorithm 1 literally says.
+    """
     flags = run.flags
     if run.done("rf2", pairs, density, loss, pair):
         return run.load("rf2")
@@ -384,7 +390,7 @@ def train_rf2(run: Run, model: FlashAudio, pairs: Couplings,
 
 def distill(run: Run, model: FlashAudio, pairs: Couplings,
             loss: Callable[..., Tensor] = fa.distill_loss) -> FlashAudio:
-    """Eq. 13: at t = 0, with every caption."""
+    """Eq. 13: at t = 0. No caption is dropped."""
     flags = run.flags
     if run.done("distill", pairs, loss):
         return run.load("distill")
