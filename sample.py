@@ -27,8 +27,7 @@ def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seconds", type=float, help="length in seconds [that of the training clips]")
     add("--seed", type=int, default=0, help="take k of a prompt has the noise of seed + k [0]")
     add("--out", type=Path, default=Path("samples"), help="folder to write to [samples]")
-    add("--batch_size", type=int, help="clips made at once [1 on a CPU, so that a clip is the same "
-                                       "to the bit in any company; else 16]")
+    add("--batch_size", type=int, help="clips at once [CPU: 1, same bits in any company; else 16]")
     add("--device", default="auto", help="cpu, cuda, mps; auto: cuda where there is one [auto]")
     add("--vocoder", default="griffin-lim",
         help="griffin-lim, hifigan:<hub id or folder>, bigvgan:<folder> [griffin-lim]")
@@ -84,7 +83,9 @@ def check_flags(flags: argparse.Namespace) -> None:
         raise InputError(f"--seed is {flags.seed}, must be from 0 to {2 ** 31 - 1}")
 
 
+@torch.inference_mode()
 def main(flags: argparse.Namespace) -> None:
+    torch.set_float32_matmul_precision("high")          # as in training
     check_flags(flags)
     prompts = read_prompts(flags)
     source = flags.model or newest_model()
@@ -104,6 +105,7 @@ def main(flags: argparse.Namespace) -> None:
     names = file_names(prompts)
     takes = [(prompt, k) for prompt in prompts for k in range(flags.n)]
     size = flags.batch_size or (1 if device.type == "cpu" else 16)
+    model.generate("", seconds=0.25, seed=0, vocoder=vocoder)       # warms up: a first call is slow
     clips = []
     for i in range(0, len(takes), size):
         batch = takes[i:i + size]

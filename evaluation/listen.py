@@ -8,8 +8,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 import numpy as np
+import soundfile
 import torch
-from scipy.io import wavfile
 from torch import Tensor
 
 from flashaudio import SAMPLE_RATE, FlashAudio, mel_spectrogram
@@ -53,14 +53,17 @@ def save_clip(path: Path, wav: Tensor) -> None:
 
     `path` has no ending; what looks like one is part of the name. What exceeds [-1, 1] is cut off.
     """
-    from matplotlib.image import imsave
+    from matplotlib import colormaps
+    from PIL import Image                           # matplotlib's own imsave loads all of its plots
     path.parent.mkdir(parents=True, exist_ok=True)
     wav = wav.clamp(-1, 1)
     sound = io.BytesIO()
-    wavfile.write(sound, SAMPLE_RATE, (wav.numpy() * 32767).round().astype(np.int16))
+    pcm = (wav.numpy() * 32767).round().astype(np.int16)
+    soundfile.write(sound, pcm, SAMPLE_RATE, format="WAV")
     mel = mel_spectrogram(wav[None])[0].numpy()                                 # (80, T)
+    bright = (mel[::-1] + 4) / 5                                                # from -4 to 1
     picture = io.BytesIO()
-    imsave(picture, mel, vmin=-4, vmax=1, cmap="magma", origin="lower", format="png")
+    Image.fromarray(colormaps["magma"](bright, bytes=True)).save(picture, "png")
     write_atomically(path.with_name(path.name + ".wav"), sound.getvalue())
     write_atomically(path.with_name(path.name + ".png"), picture.getvalue())
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from scipy.io import wavfile
 
+from flashaudio import PRESETS, FlashAudio
 from runs.cache import write_atomically
 from runs.run import lock
 from tests.helpers import ROOT, TINY, exit_code, run, tiny_model, write_clips
@@ -154,6 +155,17 @@ except SystemExit:
     for encoding in ("utf-8", "cp1252", "latin-1", "ascii"):
         done = run("-c", code, PYTHONIOENCODING=encoding)
         assert done.returncode == 0 and "--seed" in done.stdout, done.stderr
+
+
+def test_a_first_sound_waits_for_no_compiler_and_no_plots(tmp_path):
+    FlashAudio(PRESETS["toy"]).save_pretrained(tmp_path / "toy")
+    code = f"""import runpy, sys
+sys.argv = ["sample.py", "rain", "--model", {str(tmp_path / "toy")!r}, "--out", {str(tmp_path)!r}]
+runpy.run_path("sample.py", run_name="__main__")
+slow = {{"torch._dynamo", "transformers", "scipy", "pandas", "matplotlib.figure"}}
+assert not slow & set(sys.modules), slow & set(sys.modules)"""
+    done = run("-c", code)
+    assert done.returncode == 0 and (tmp_path / "rain-0.wav").exists(), done.stderr
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
