@@ -20,6 +20,7 @@ class Flags:
     flags that begin with its name or that of an earlier stage, and on those of every stage."""
     preset: str = flag("toy", "size of the model", choices=("toy", "small", "base", "large"))
     data: str = flag("toy", "a CSV with audio_path,caption[,split], a folder of sounds, or 'toy'")
+    windows: int = flag(4, "clips that a recording of several times the length becomes, at most")
     out: str = flag("", "folder of the run; out/<preset> if not given")
     init: str = flag("", "public checkpoint of Make-An-Audio 3 in place of stages vae and cfm: a "
                          "file, or repo_id:path/in/repo")
@@ -418,7 +419,7 @@ def open_run(flags: Flags):
             toy.write_toy_set(out / "data")
         barrier()
         source = out / "data/manifest.csv" if flags.data == "toy" else Path(flags.data)
-        data = Clips(source, out / "cache", fa.PRESETS[flags.preset].frames)
+        data = Clips(source, out / "cache", fa.PRESETS[flags.preset].frames, flags.windows)
         if flags.stage in ("all", "eval"):
             check_judge(flags.judge, data)
         yield Run(flags, data, device, vocoders.load(flags.vocoder, str(device)))

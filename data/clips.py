@@ -46,13 +46,26 @@ def open_audio(path: str | Path) -> soundfile.SoundFile:
     return soundfile.SoundFile(raw)
 
 
-def read_samples(path: str | Path, seconds: float) -> tuple[np.ndarray, int]:
-    """The first seconds of a file, (n, channels) float32, and their rate in Hz."""
+def samples_in(path: str | Path) -> int:
+    """How many samples of 16 kHz a file promises; 0 where it doesn't say, or cannot be read."""
+    try:
+        with open_audio(path) as file:
+            known = file.frames < 2 ** 40               # a stream may have no end
+            return file.frames * SAMPLE_RATE // file.samplerate if known else 0
+    except Exception:                                   # as below; what is wrong is said there
+        return 0
+
+
+def read_samples(path: str | Path, start: int, seconds: float) -> tuple[np.ndarray, int]:
+    """`seconds` of a file from second `start` on, (n, channels) float32, and their rate in Hz."""
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     try:
         with open_audio(path) as file:
-            frames = math.ceil(min(seconds * file.samplerate, file.frames))
+            first = start * file.samplerate
+            frames = math.ceil(min(seconds * file.samplerate, file.frames - first))
+            if first:
+                file.seek(first)
             samples = file.read(frames, "float32", always_2d=True)
             promise = CUT_SHORT.search(file.extra_info)
             rate = file.samplerate
@@ -67,14 +80,17 @@ def read_samples(path: str | Path, seconds: float) -> tuple[np.ndarray, int]:
     return samples, rate
 
 
-def load_audio(path: str | Path, samples: int | None = None) -> Tensor:
-    """An audio file -> mono float32 waveform (samples,) in [-1, 1] at 16 kHz.
+def load_audio(path: str | Path, samples: int | None = None, start: int = 0) -> Tensor:
+    """An audio file, from sample `start` on -> mono float32 waveform in [-1, 1] at 16 kHz.
 
     With `samples` it is cut or repeated to that length, and only so much of the file is read.
     Raises InputError, in one line, for what cannot be read whole or holds no sound.
     """
-    seconds = math.inf if samples is None else samples / SAMPLE_RATE + 0.1
-    channels, rate = read_samples(path, seconds)
+    # A tenth of a second more on both sides, for the filter; a whole one is whole at any rate
+    second = max(0, start - SAMPLE_RATE // 10) // SAMPLE_RATE
+    start -= second * SAMPLE_RATE
+    seconds = math.inf if samples is None else (start + samples) / SAMPLE_RATE + 0.1
+    channels, rate = read_samples(path, second, seconds)
     if not 1000 <= rate <= 1_000_000:
         raise InputError(f"{path}: says that it has {rate} samples a second")
     if not channels.size:
@@ -91,10 +107,16 @@ def load_audio(path: str | Path, samples: int | None = None) -> Tensor:
     if rate != SAMPLE_RATE:
         common = math.gcd(rate, SAMPLE_RATE)
         mono = resample_poly(mono, SAMPLE_RATE // common, rate // common)
-    wav = torch.tensor(mono).clamp(-1, 1)           # the filter overshoots at full scale
+    wav = torch.tensor(mono)[start:].clamp(-1, 1)   # the filter overshoots at full scale
     if samples is None:
         return wav
     return wav.repeat(math.ceil(samples / len(wav)))[:samples]
+
+
+def pieces(length: int, samples: int, most: int) -> list[int]:
+    """Where the pieces of a recording begin: up to `most` that don't overlap, evenly spread."""
+    count = min(most, length // samples)
+    return [i * (length - samples) // (count - 1) for i in range(count)] if count > 1 else [0]
 
 
 @lru_cache(maxsize=2)
@@ -130,12 +152,13 @@ def report(manifest: Path, problems: list[str], total: int) -> None:
 class Clips:
     """The clips of a manifest or a folder, without those that cannot be used.
 
+    A recording of several times the length is cut into up to `windows` clips, all with its caption.
     rows, captions: one for each clip. train, validation, test: numbers of rows. mels (F, 80, T):
-    one for each distinct file; row i has the one at file[i]. key: what all this was read from.
+    one for each distinct clip; row i has the one at file[i]. key: what all this was read from.
     Raises InputError where there are none to train on, or more than a tenth cannot be used.
     """
 
-    def __init__(self, manifest: Path, cache: Path, frames: int):
+    def __init__(self, manifest: Path, cache: Path, frames: int, windows: int = 1):
         self.cache = cache
         folder = manifest.is_dir()
         if folder and manifest.resolve() in cache.resolve().parents:
@@ -143,48 +166,58 @@ class Clips:
                              "another --out")
         rows, problems = read_folder(manifest) if folder else read_manifest(manifest)
         total = len(rows) + len(problems)
-        contents = self.contents([row["audio_path"] for row in rows])
+        known = self.contents([row["audio_path"] for row in rows])
+        files = {}                              # name: path, first sample
         for row in rows:
-            row["content"] = contents[row["audio_path"]]
-            if not row["content"]:
+            content, length = known[row["audio_path"]]
+            row["pieces"] = {}
+            if not content:
                 problems.append(f"{row['audio_path']}: no such file, or not to be opened")
+                continue
+            for start in pieces(length, HOP * frames, windows):
+                name = f"{content}-{start}" if start else content   # the beginning has no number
+                row["pieces"][name] = start
+                files.setdefault(name, (row["audio_path"], start))
         if len(problems) > 0.1 * total:         # before hours of work
             report(manifest, problems, total)
-        files = {}
-        for row in rows:
-            if row["content"]:
-                files.setdefault(row["content"], row["audio_path"])
         if not files:
             raise InputError(f"{manifest}: holds no usable clips")
         self.files_key = digest(list(files), frames)
         self.mels, unreadable = self.mels_of(files, frames)
         self.rows = []
         for row in rows:
-            if row["content"] in unreadable:
-                problems.append(f"{row['audio_path']}: {unreadable[row['content']]}")
-            elif row["content"]:
-                self.rows.append(row)
+            held = row.pop("pieces")
+            bad = [unreadable[name] for name in held if name in unreadable]
+            if bad:
+                problems.append(f"{row['audio_path']}: {bad[0]}")
+                continue
+            for name, start in held.items():
+                self.rows.append({**row, "content": name, "start": start, "of": len(held)})
         report(manifest, problems, total)
 
         self.captions = [row["caption"] for row in self.rows]
-        places = {content: i for i, content in enumerate(files)}
+        self.start = np.array([row["start"] for row in self.rows])
+        places = {name: i for i, name in enumerate(files)}
         self.file = np.array([places[row["content"]] for row in self.rows])
         splits = [row["split"] for row in self.rows]
         self.key = digest([row["content"] for row in self.rows], self.captions, splits, frames)
         self.train = np.flatnonzero(np.array(splits) == "train")
         self.validation = np.flatnonzero(np.array(splits) == "validation")
         self.test = np.flatnonzero(np.array(splits) == "test")
+        whole = [row for row in self.rows if row["start"] == 0]
+        cut = [row["of"] for row in whole if row["of"] > 1]
         if folder:
-            for row in self.rows[:5]:
+            for row in whole[:5]:
                 print(f"{row['audio_path']}: {row['caption']}")
+        text = f", from {len(whole)} clips, of which {len(cut)} are cut into {sum(cut)} windows"
         print(f"clips: {len(self.train)} to train on, {len(self.validation)} validation, "
-              f"{len(self.test)} test")
+              f"{len(self.test)} test{text if cut else ''}")
         if not len(self.train):
             raise InputError(f"{manifest}: every row has another split, so nothing is left to "
                              "train on")
 
-    def contents(self, paths: list[str]) -> dict[str, str]:
-        """{path: digest of what the file holds, "" where it cannot be opened}.
+    def contents(self, paths: list[str]) -> dict[str, tuple[str, int]]:
+        """{path: digest of what the file holds, "" where it cannot be opened, and samples in it}.
 
         A file of the same path, size and time as at the last start is not read again.
         """
@@ -199,13 +232,15 @@ class Clips:
 
         def look(path: str) -> list:
             if not os.path.isfile(path):
-                return [0, 0, ""]
+                return [0, 0, "", 0]
             now = [os.path.getsize(path), os.stat(path).st_mtime_ns]
             noted = known.get(os.path.abspath(path), [])
             try:
-                return noted if noted[:2] == now else [*now, digest(Path(path))]
+                if noted[:2] == now and len(noted) == 4:
+                    return noted
+                return [*now, digest(Path(path)), samples_in(path)]
             except OSError:
-                return [0, 0, ""]
+                return [0, 0, "", 0]
 
         seen = dict(in_threads(look, sorted(set(paths)), "files"))
         if first:
@@ -214,17 +249,17 @@ class Clips:
                 self.cache.mkdir(parents=True, exist_ok=True)
                 write_atomically(notes, json.dumps(found).encode())
             barrier()
-        return {path: note[2] for path, note in seen.items()}
+        return {path: (note[2], note[3]) for path, note in seen.items()}
 
-    def mels_of(self, files: dict[str, str], frames: int) -> tuple[np.ndarray, dict[str, str]]:
-        """Mels (F, 80, frames) of {content: path}, and {content: why it cannot be read}."""
+    def mels_of(self, files: dict, frames: int) -> tuple[np.ndarray, dict[str, str]]:
+        """Mels (F, 80, frames) of {name: path, first sample}, and {name: why it isn't read}."""
         cache = self.cache / f"mels-{self.files_key}.npy"
-        contents = list(files)
+        names = list(files)
 
         def mel(i: int) -> np.ndarray | str:
-            path = files[contents[i]]
+            path, start = files[names[i]]
             try:
-                wav = load_audio(path, HOP * frames)
+                wav = load_audio(path, HOP * frames, start)
             except InputError as e:
                 return str(e).removeprefix(f"{path}: ")
             return mel_spectrogram(wav[None])[0].numpy()
@@ -238,7 +273,7 @@ class Clips:
             with one_thread():                  # a processor for each file, not all for one
                 for i, made in in_threads(mel, left, "mels"):
                     if isinstance(made, str):
-                        unreadable[contents[i]] = made
+                        unreadable[names[i]] = made
                     else:
                         array[i] = made
                     if i % 64 == 63:
@@ -263,9 +298,11 @@ class Clips:
     def held_out(self, clips: int) -> np.ndarray:
         """Numbers of rows to judge by: of the test split, of training where there is none.
 
-        Drawn in an order that is always the same; of no file a second row before all have one.
+        Drawn in an order that is always the same; of no file a second row before all have one, and
+        of a recording that is cut its beginning alone.
         """
-        rows = np.random.default_rng(0).permutation(self.test if self.has_test else self.train)
+        rows = self.test if self.has_test else self.train
+        rows = np.random.default_rng(0).permutation(rows[self.start[rows] == 0])
         _, first = np.unique(self.file[rows], return_index=True)
         again = np.setdiff1d(np.arange(len(rows)), first)
         return rows[np.concatenate([np.sort(first), again])][:clips]

@@ -25,10 +25,10 @@ from runs.processes import barrier, mean_over_processes, rank_and_world
 STAGES = ("vae", "cfm", "rf1", "rf2", "distill")
 
 # Where and how fast a run goes, and how it is judged. A stage depends on every other flag, but for
-# those that bear the name of a later stage: a flag that is new can't be forgotten. For `data` and
-# `init` stands the content that they name.
-WHERE = ("out", "data", "init", "stage", "device", "grad_accum", "save_every", "vocoder",
-         "eval_clips", "judge")
+# those that bear the name of a later stage: a flag that is new can't be forgotten. For `data`,
+# `windows` and `init` stands the content that they name.
+WHERE = ("out", "data", "windows", "init", "stage", "device", "grad_accum", "save_every",
+         "vocoder", "eval_clips", "judge")
 
 
 @dataclass

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from scipy.io import wavfile
 
@@ -26,9 +27,9 @@ def heard(monkeypatch) -> list:
     """The files that are read for their mels."""
     read, real = [], clips.load_audio
 
-    def spy(path, samples):
+    def spy(path, samples, start=0):
         read.append(Path(path).name)
-        return real(path, samples)
+        return real(path, samples, start)
 
     monkeypatch.setattr(clips, "load_audio", spy)
     return read
@@ -139,6 +140,63 @@ def test_a_killed_run_goes_on_and_takes_no_cache_with_it(tmp_path, heard, monkey
     data = Clips(tmp_path / "manifest.csv", tmp_path / "cache", 16)
     assert np.array_equal(data.mels, whole) and len(heard) <= 36
     assert len(list((tmp_path / "cache").glob("mels-*"))) == 2      # .npy and .json
+
+
+@pytest.mark.parametrize("rate", [16000, 44100, 8000, 22051])
+def test_a_long_recording_is_cut_into_clips_that_share_its_caption(tmp_path, capsys, heard, rate):
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 13 * rate).astype(np.float32)
+    wavfile.write(tmp_path / "long.wav", rate, noise)
+    wavfile.write(tmp_path / "test.wav", rate, noise[rate:])
+    wavfile.write(tmp_path / "short.wav", 16000, noise[:40_000])
+    manifest = write_rows(tmp_path, "long.wav,a hiss,", "short.wav,short,", "long.wav,noise,",
+                          "test.wav,unheard,test")
+    data = Clips(manifest, tmp_path / "cache", 128, windows=4)
+    said = "9 to train on, 0 validation, 4 test, from 4 clips, of which 3 are cut into 12 windows"
+    assert said in capsys.readouterr().out
+    assert data.captions == ["a hiss"] * 4 + ["short"] + ["noise"] * 4 + ["unheard"] * 4
+    assert data.file.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 5, 6, 7, 8]
+    assert data.train.tolist() == list(range(9)) and data.held_out(9).tolist() == [9]
+    whole = load_audio(tmp_path / "long.wav")
+    assert len(whole) == 208_000
+    for i, start in enumerate((0, 58_410, 116_821, 175_232)):       # (208000 - 32768) i / 3
+        assert data.start[i] == start
+        part = load_audio(tmp_path / "long.wav", 32_768, start)
+        torch.testing.assert_close(part, whole[start:start + 32_768], atol=1e-6, rtol=0)
+        expected = fa.mel_spectrogram(whole[None, start:start + 32_768])[0]
+        torch.testing.assert_close(torch.tensor(data.mels[i]), expected, atol=1e-3, rtol=0)
+    heard.clear()
+    again = Clips(manifest, tmp_path / "cache", 128, windows=4)
+    assert not heard and again.key == data.key
+    beginning = Clips(manifest, tmp_path / "cache", 128)
+    assert beginning.key != data.key and np.array_equal(beginning.mels[0], again.mels[0])
+
+
+def test_as_many_windows_as_do_not_overlap():
+    assert clips.pieces(399, 100, 4) == [0, 149, 299] and clips.pieces(400, 100, 4) == [
+        0, 100, 200, 300]
+    assert clips.pieces(199, 100, 4) == clips.pieces(0, 100, 4) == clips.pieces(900, 100, 1) == [0]
+
+
+def test_held_out_clips_are_of_distinct_recordings(tmp_path):
+    write_clips(tmp_path, 5, samples=40_000)
+    data = Clips(tmp_path / "manifest.csv", tmp_path / "cache", 32, windows=4)
+    assert len(data.rows) == len(data.mels) == 20 and not data.has_test
+    rows = data.held_out(20)
+    assert len(rows) == len(set(data.rows[i]["audio_path"] for i in rows)) == 5
+    assert not data.start[rows].any()
+
+
+def test_a_recording_with_a_window_that_cannot_be_read_is_left_out_and_named_once(tmp_path, capsys):
+    write_clips(tmp_path, 12)
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 160_000)
+    soundfile.write(tmp_path / "0.flac", noise, 16000)
+    raw = (tmp_path / "0.flac").read_bytes()
+    (tmp_path / "0.flac").write_bytes(raw[:len(raw) // 2])
+    rows = ["0.flac,noise,", *(f"{i}.wav,tone {i}," for i in range(1, 12))]
+    data = Clips(write_rows(tmp_path, *rows), tmp_path / "cache", 64, windows=4)
+    assert "noise" not in data.captions and len(data.rows) == 11
+    said = capsys.readouterr().out
+    assert said.count("0.flac") == 1 and "skipped 1 of 12 clips" in said
 
 
 def test_latents_and_contexts_follow_the_weights_they_were_made_with(tmp_path):

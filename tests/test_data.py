@@ -84,6 +84,18 @@ def test_of_a_long_recording_only_the_part_that_is_used_is_read(tmp_path, monkey
     monkeypatch.setattr(soundfile.SoundFile, "read", spy)
     assert len(load_audio(tmp_path / "long.flac", 16000)) == 16000
     assert len(read[0]) <= 1.1 * 48000 + 1
+    assert len(load_audio(tmp_path / "long.flac", 16000, 50 * 16000)) == 16000
+    assert len(read[1]) <= 2.2 * 48000 + 1
+
+
+@pytest.mark.parametrize("ending", ["flac", "ogg", "mp3", "WAV"])
+def test_a_part_of_any_kind_of_file_is_what_is_there_in_the_whole(tmp_path, ending):
+    chirp = np.sin(2 * np.pi * 200 * np.arange(6 * 44100) ** 1.1 / 44100) / 2
+    soundfile.write(tmp_path / f"x.{ending}", chirp, 44100)
+    whole = load_audio(tmp_path / f"x.{ending}")
+    for start in (0, 20_000, 50_001):
+        part = load_audio(tmp_path / f"x.{ending}", 16000, start)
+        assert (part - whole[start:start + 16000]).abs().max() < 1e-3
 
 
 def test_a_full_scale_square_stays_within_full_scale_after_resampling(tmp_path):
