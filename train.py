@@ -22,8 +22,7 @@ class Flags:
     data: str = flag("toy", "a CSV with audio_path,caption[,split], a folder of sounds, or 'toy'")
     windows: int = flag(4, "clips that a recording of several times the length becomes, at most")
     out: str = flag("", "folder of the run; out/<preset> if not given")
-    init: str = flag("", "public checkpoint of Make-An-Audio 3 in place of stages vae and cfm: a "
-                         "file, or repo_id:path/in/repo")
+    init: str = flag("", "Make-An-Audio 3 in place of stages vae and cfm: a file or repo_id:path")
     text: str = flag("bytes", "bytes, trained here, or a frozen text encoder (CLAP, T5, BERT ...), "
                               "folder or hub id; with --init its tokenizers, 'BERT,T5'")
     stage: str = flag("all", "one stage to run, trained anew if its settings have changed",
@@ -63,30 +62,35 @@ class Flags:
     distill_steps: int = flag(1000, "steps of stage distill")
     # how it is judged and saved
     eval_clips: int = flag(160, "held-out captions in stage eval", low=2)
-    judge: str = flag("", "of stage eval: CLAP, for fd and CLAP score, and after a comma AST, for "
-                          "KL: folders or hub ids; '' compares log-mels")
+    judge: str = flag("", "of stage eval: CLAP[,AST], folders or hub ids; '' compares log-mels")
     vocoder: str = flag("griffin-lim", "griffin-lim, hifigan:<hub id or folder>, bigvgan:<folder>")
     save_every: float = flag(60.0, "seconds between checkpoints")
+    plan: float = flag(0.0, "TFLOP/s of a GPU: print what the run would take, and stop")
 
     def __post_init__(self):
         check_limits(self)
         self.out = self.out or f"out/{self.preset}"
         if self.grad_accum > self.batch_size:
             raise ValueError("--grad_accum is larger than --batch_size: a part would be empty")
-        if self.init and (self.stage == "vae" or self.preset == "toy"):
-            raise ValueError("--init brings a VAE and a size: no --stage vae, no --preset toy")
+        if self.init and (self.stage == "vae" or self.preset in ("toy", "small")):
+            raise ValueError("--init brings VAE and size: no --stage vae, no --preset toy or small")
 
 
-# The paper gives batch size, learning rate and steps of the 1-RF (§4.1); the rest is ours.
+JUDGES = "laion/clap-htsat-unfused,MIT/ast-finetuned-audioset-10-10-0.4593"
+# Ours: from scratch in an evening on a GPU of 24 GB, about 3 hours by --plan 60
+EVENING = dict(
+    text="google/flan-t5-base", batch_size=128, lr=3e-4, warmup=1000, ema=0.999,
+    vae_steps=30_000, vae_lr=3e-4, vae_frames=128, cfm_steps=45_000, rf1_steps=10_000, rf1_lr=1e-4,
+    rf2_couplings=30_000, rf2_coupling_steps=16, rf2_steps=20_000, distill_couplings=40_000,
+    distill_steps=15_000, eval_clips=400, save_every=300.0, judge=JUDGES)
+# The paper gives batch, learning rate and steps of the 1-RF (§4.1) and has --init (§3.2); rest ours
 PAPER = dict(
     batch_size=64, grad_accum=4, lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999,
-    vae_steps=200_000, vae_lr=1e-4, vae_frames=624, vae_kl_weight=1e-6,
-    cfm_steps=200_000, rf1_steps=40_000, rf1_lr=4.8e-5,
-    rf2_couplings=50_000, rf2_coupling_steps=24, rf2_anchor_steps=10, rf2_steps=40_000,
-    distill_couplings=50_000, distill_coupling_steps=24, distill_guidance=3.0, distill_steps=40_000,
-    eval_clips=1000, save_every=900.0,
-    judge="laion/clap-htsat-unfused,MIT/ast-finetuned-audioset-10-10-0.4593")
-PRESETS = {"toy": {}, "small": PAPER, "base": PAPER, "large": PAPER}
+    vae_steps=40_000, vae_lr=1e-4, vae_frames=624, vae_kl_weight=1e-6, cfm_steps=100_000,
+    rf1_steps=40_000, rf1_lr=4.8e-5, rf2_couplings=50_000, rf2_coupling_steps=24,
+    rf2_anchor_steps=10, rf2_steps=40_000, distill_couplings=50_000, distill_coupling_steps=24,
+    distill_guidance=3.0, distill_steps=40_000, eval_clips=1000, save_every=900.0, judge=JUDGES)
+PRESETS = {"toy": {}, "small": EVENING, "base": PAPER, "large": PAPER}
 
 
 def parse_flags(argv: list[str] | None = None) -> Flags:
@@ -115,6 +119,7 @@ from evaluation.listen import draw_losses, hear
 from flashaudio import FlashAudio
 from pretrained import make_an_audio, vocoders
 from runs.cache import blocks, cached, digest
+from runs.plan import print_plan
 from runs.processes import Objective, barrier, distributed, join, rank_and_world
 from runs.run import Progress, Run, find_device, lock, names_of, one_line_errors, peak_memory
 from runs.start import latent_scale, new_model
@@ -425,6 +430,8 @@ def open_run(flags: Flags):
         yield Run(flags, data, device, vocoders.load(flags.vocoder, str(device)))
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and FLAGS.plan:
+    print_plan(FLAGS)
+elif __name__ == "__main__":
     with one_line_errors("train.py"), open_run(FLAGS) as opened:
         main(opened)

@@ -28,7 +28,7 @@ STAGES = ("vae", "cfm", "rf1", "rf2", "distill")
 # those that bear the name of a later stage: a flag that is new can't be forgotten. For `data`,
 # `windows` and `init` stands the content that they name.
 WHERE = ("out", "data", "windows", "init", "stage", "device", "grad_accum", "save_every",
-         "vocoder", "eval_clips", "judge")
+         "vocoder", "eval_clips", "judge", "plan")
 
 
 @dataclass

@@ -38,6 +38,7 @@ BAD_TRAIN = {
     "--vae_frames 0": "at least 1",
     "--init public.ckpt --stage vae": "no --stage vae",
     "--init public.ckpt --preset toy": "no --preset toy",
+    "--init public.ckpt --preset small": "no --preset toy or small", "--plan -1": "at least 0",
     "--init nowhere.ckpt": "no such checkpoint", "--init pickled.ckpt": "besides tensors",
     "--init good/0.wav": "not read as a checkpoint",
     "--device abacus": "cpu, cuda", "--device cuda:77": "not available",

@@ -20,14 +20,17 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from scipy.io import wavfile
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import flashaudio as fa
 import train
-from data import toy
+from data import datasets, toy
 from evaluation.judges import NearestClip
 from flashaudio import FlashAudio, InputError
-from runs import processes
+from runs import plan, processes
 from runs.run import STAGES, WHERE, Run
 from runs.start import initialize
 from tests.helpers import (ROOT, TINY, exit_code, opened, rng, run, save_text_model, tiny_model,
@@ -584,6 +587,82 @@ def test_training_with_a_frozen_text_model(tmp_path):
     assert contexts.dtype == np.float16 and contexts.shape == (5, 77, 16)
     null = torch.from_numpy(contexts[:1]).float()
     torch.testing.assert_close(null, model.text([""]), atol=2e-3, rtol=2e-3)    # halves
+
+
+def test_an_evening_from_esc50_to_one_step(tmp_path, monkeypatch):
+    """The recipe of preset small, cut down to a tiny model and a few steps."""
+    monkeypatch.setitem(fa.PRESETS, "small", TINY)
+    write_clips(tmp_path / "esc/audio")
+    (tmp_path / "esc/meta").mkdir()
+    rows = [f"{i}.wav,{min(i + 1, 5)},{i},sea_waves,True\n" for i in range(6)]
+    header = "filename,fold,target,category,esc10\n"
+    (tmp_path / "esc/meta/esc50.csv").write_text(header + "".join(rows))
+    datasets.write_manifest(datasets.esc50(tmp_path / "esc"), tmp_path / "esc50.csv")
+    text = save_text_model("t5", tmp_path / "t5")
+    flags = ["--preset", "small", "--data", tmp_path / "esc50.csv", "--out", tmp_path / "out"]
+    assert exit_code("train.py", *flags, *QUICK, "--text", text, "--warmup", 1,
+                     "--judge", "") == 0
+    model = FlashAudio.from_pretrained(tmp_path / "out/distill")
+    assert model.config.text.encoder == str(text) and model.config.stage == "distill"
+    held = json.loads((tmp_path / "out/cfm/training.json").read_text())["settings"]
+    assert (held["lr"], held["ema"]) == (3e-4, 0.999)       # the evening's, where not cut down
+    prompt = ["sea waves", "--model", tmp_path / "out/distill", "--out", tmp_path / "clips"]
+    assert exit_code("sample.py", *prompt) == 0
+    rate, wav = wavfile.read(tmp_path / "clips/sea-waves-0.wav")
+    assert rate == 16000 and len(wav) == 32 * 256 and wav.any()
+
+
+def test_the_plan_counts_what_a_hand_counts():
+    """A forward pass of the tiny DiT, product by product; an evening; every preset in seconds."""
+    d, c, width, length, tokens = TINY.dit, 20, TINY.dit.hidden_size, 16, 8
+    inner = 256                                             # 8/3 of 32, rounded up
+    once = 256 * width + width * width + d.context_dim * width + 2 * width * width      # of a clip
+    once += 6 * width * width                               # adaLN of the block; above, the last
+    frame = 2 * c * width + 4 * width * width + 3 * width * inner + 2 * width * (length + tokens)
+    token = 2 * d.context_dim * width
+    dit = tiny_model().dit
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        dit(torch.randn(1, c, length), torch.rand(1), torch.randn(1, tokens, d.context_dim))
+    by_hand = 2 * (once + length * frame + tokens * token)
+    assert counter.get_total_flops() == by_hand
+    flags = train.Flags(rf2_guidance=3.0, rf2_coupling_steps=5, rf2_anchor_steps=0,
+                        rf2_couplings=17)
+    rows = {row.stage: row for row in plan.plan(flags)}
+    assert rows["rf2 pairs"].flop == 5 * 2 * 16 * by_hand and rows["rf2 pairs"].steps == 2
+    assert 2.5 < rows["rf2"].flop / (16 * by_hand) < 3      # nothing is below the first layer
+
+
+@pytest.mark.parametrize("preset", ["toy", "small", "base"])
+def test_a_preset_has_a_plan(preset, monkeypatch, capsys):
+    monkeypatch.setitem(fa.PRESETS, "toy", TOY)
+    flags = train.parse_flags(["--preset", preset, "--plan", "60"])
+    plan.print_plan(flags)
+    said = capsys.readouterr().out.splitlines()
+    assert "an estimate" in said[0]
+    stages = [line.replace(" pairs", "-pairs").split() for line in said[3:10]]
+    assert [stage[0] for stage in stages] == [
+        "vae", "cfm", "rf1", "rf2-pairs", "rf2", "distill-pairs", "distill"]
+    for _, _, tflop, steps, _, hours in stages:
+        assert float(hours) == pytest.approx(float(tflop) * int(steps) / 60 / 3600, abs=0.006)
+    total = float(said[-1].split()[2])
+    assert total == pytest.approx(sum(float(stage[-1]) for stage in stages), abs=0.05)
+    if preset == "small":       # three hours; judging, mels and latents are left out of the count
+        assert 2.5 < total < 3.5 and 40 < float(stages[0][1].rstrip("M")) < 60
+        assert max(float(stage[4]) for stage in stages) < 20            # of 24 GB
+
+
+def test_a_plan_of_a_public_flow_has_no_stage_before_it(monkeypatch):
+    monkeypatch.setitem(fa.PRESETS, "base", TINY)
+    flags = train.parse_flags(["--init", "public.ckpt"])
+    assert [row.stage for row in plan.plan(flags)] == [
+        "rf1", "rf2 pairs", "rf2", "distill pairs", "distill"]
+
+
+def test_a_plan_touches_nothing(tmp_path):
+    nowhere = ["--data", "nowhere.csv", "--text", "nowhere", "--judge", "nowhere"]
+    done = run(ROOT / "train.py", "--plan", 60, *nowhere, cwd=tmp_path)
+    assert done.returncode == 0 and "toy at 60 TFLOP/s" in done.stdout, done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_sample_writes_clips_and_a_page(wired, tmp_path, monkeypatch, capsys):
