@@ -352,7 +352,7 @@ def couplings(run: Run, model: FlashAudio, stage: str,
     real = data.latents(model) if pair is not None else None
 
     def fill(array: np.ndarray) -> None:
-        run.compile(model.requires_grad_(False))
+        run.compile(model.requires_grad_(False), dynamic=None)      # Eq. 10 drops finished samples
         null = tensor(np.array(contexts[:1])).to(run.device)
         for i in blocks(array, size, "pairs"):
             if array[i:i + size, 1].any((1, 2)).all():      # done by a run that was interrupted

@@ -69,13 +69,13 @@ def plan(flags) -> list[Row]:
     part = math.ceil(flags.batch_size / flags.grad_accum)
     frames = max(1, min(flags.vae_frames, model.config.frames) // model.stride) * model.stride
     with torch.device("meta"):
-        mel, noise = torch.empty(part, 80, frames), torch.empty(part, 20, frames // model.stride)
         z, t = torch.empty(part, *model.latent_shape()), torch.empty(part)
-        context = text = torch.empty(part, tokens, model.config.dit.context_dim)
-        if model.text is not None:
-            text = torch.zeros(part, model.config.text.max_length, dtype=torch.long)
-    with_text = cost(fa.rectified_flow_loss, model, z, z, t, text)
-    flow = cost(fa.rectified_flow_loss, model, z, z, t, context)
+        mel, noise = torch.empty(part, 80, frames), z[:, :, :frames // model.stride]
+        context = torch.empty(part, tokens, model.config.dit.context_dim)
+    flow = with_text = cost(fa.rectified_flow_loss, model, z, z, t, context)
+    if model.text is not None:
+        text = torch.zeros(part, model.config.text.max_length, dtype=torch.long, device="meta")
+        with_text = cost(fa.rectified_flow_loss, model, z, z, t, text)
     whole, vae, dit = count(model), count(model.vae), count(model.dit)
     stages = {"vae": (vae, cost(fa.vae_loss, model.vae, mel, noise, 1.0)),
               "cfm": (whole - vae, with_text), "rf1": (whole - vae, with_text),

@@ -134,12 +134,15 @@ class Run:
             return torch.autocast("cuda", torch.bfloat16)
         return nullcontext()
 
-    def compile(self, model: FlashAudio) -> None:
-        """On CUDA, compile what training calls; TORCH_COMPILE_DISABLE=1 leaves it out."""
+    def compile(self, model: FlashAudio, dynamic: bool | None = False) -> None:
+        """On CUDA, compile what training calls; TORCH_COMPILE_DISABLE=1 leaves it out.
+
+        dynamic: None makes a graph for any batch size, once there is a second one.
+        """
         if self.device.type == "cuda":
             torch._dynamo.config.recompile_limit = 64       # a graph for each batch size
             for part in (model.vae.encoder, model.vae.decoder, model.dit):
-                part.compile(dynamic=False)
+                part.compile(dynamic=dynamic)
 
     def generator(self, *what) -> torch.Generator:
         """Random numbers that depend on the seed and on `what` they are for alone."""
@@ -239,7 +242,7 @@ class Progress:
             minutes = pace * (self.steps - done) / 60
             self.bar.write(f"{self.stage}: {self.steps} steps, about {minutes:.1f} min from here")
         line = {"stage": self.stage, "step": done, "loss": loss, "grad_norm": norm, "lr": rate,
-                "seconds": round(self.seconds, 2)}
+                "seconds": round(self.seconds, 4)}
         self.metrics.write(json.dumps(line) + "\n")
         if time.time() - self.saved > self.run.flags.save_every and done < self.steps:
             self.save()

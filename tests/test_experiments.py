@@ -14,7 +14,8 @@ import train
 from data import toy
 from experiments import ablate, bench, figures, pairings, tables
 from flashaudio import InputError
-from tests.helpers import rng, tiny_model
+from runs.plan import Row
+from tests.helpers import TINY, rng
 
 
 def test_knn_takes_the_nearest_of_its_own_noises_and_the_same_ones_again():
@@ -139,12 +140,47 @@ def test_pictures_of_a_run_and_of_one_that_was_moved(quick, tmp_path):
         figures.main([str(tmp_path / "nowhere")])
 
 
-def test_benches_print_where_the_time_goes(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench, "milliseconds", lambda f, runs=0: [f(), 2.0][1])
-    tiny_model().save_pretrained(tmp_path / "model")
-    bench.main(["--model", str(tmp_path / "model"), "--batch", "1,2"])
-    held = json.loads(capsys.readouterr().out.splitlines()[-1])
-    sampling, training = held["sampling"], held["training"]
-    assert [(r["batch"], r["ω"]) for r in sampling] == [(1, 1.0), (1, 3.0), (2, 1.0), (2, 3.0)]
-    assert sampling[3]["RTF"] == pytest.approx(0.002 / (2 * 32 * fa.HOP / fa.SAMPLE_RATE))
-    assert training["clips/s"] == pytest.approx(16 / 0.002) and training["GFLOP"] > 1
+def test_the_bench_runs_a_recipe_and_says_how_long_all_of_it_takes(monkeypatch, capsys):
+    monkeypatch.setitem(fa.PRESETS, "toy", TINY)
+    monkeypatch.setattr(bench, "milliseconds", lambda f: [f(), 2.0][1])
+    given = train.PRESETS["toy"] | {"batch_size": 4, "rf2_coupling_steps": 2, "cfm_steps": 3600}
+    monkeypatch.setitem(train.PRESETS, "toy", given)
+    bench.main(["--presets", "toy", "--batch", "1,2", "--steps", "30"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["output"] for row in found["differences"]] == [
+        "mel", "encoder", "decoder", "text", "velocity"]
+    for row in found["differences"]:                    # here the device is the CPU
+        assert row["float32"] == 0 and 0 <= row["bf16"] < 0.1
+        assert (row["bf16"] > 1e-4) == (row["output"] != "mel")
+    one, two = found["sampling"]
+    assert (one["batch"], two["batch"], one["whole"]) == (1, 2, 2.0)
+    assert two["RTF"] == pytest.approx(0.002 / (2 * 32 * fa.HOP / fa.SAMPLE_RATE))
+    assert two["to mel"] == pytest.approx(3 * two["RTF"])
+    rows = found["training"]
+    assert [row["stage"] for row in rows] == [
+        "vae", "cfm", "rf1", "pairs", "rf2", "pairs", "distill"]
+    assert rows[1]["hours"] == pytest.approx(rows[1]["ms"] / 1000)
+    assert rows[1]["clips/s"] == pytest.approx(4000 / rows[1]["ms"])
+    assert rows[2]["data %"] == pytest.approx(200 / rows[2]["ms"]) and rows[2]["pairing %"] == 0
+    assert rows[1]["to"] < rows[1]["loss"]              # of the CFM, between steps 10 and 30
+
+
+def test_the_bench_trains_the_first_preset_and_the_1rf_of_the_others(monkeypatch, capsys):
+    for preset in ("toy", "small"):
+        monkeypatch.setitem(fa.PRESETS, preset, TINY)
+    monkeypatch.setitem(train.PRESETS, "small", {"batch_size": 4, "rf2_coupling_steps": 2})
+    monkeypatch.setattr(bench, "sampling", lambda *given: {})
+    monkeypatch.setattr(bench, "differences", lambda *given: [])
+    monkeypatch.setattr(bench, "plan", lambda flags: [
+        Row(name, 0, 1e12, 7200, 0) for name in ("vae", "cfm", "rf1", "rf2 pairs", "rf2",
+                                                 "distill pairs", "distill")])
+    bench.main(["--presets", "small,toy", "--steps", "12"])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["training"]
+    assert [row["preset"] for row in rows] == ["small"] * 7 + ["toy"]
+    assert rows[-1]["stage"] == "rf1"
+    for row in rows:
+        assert row["hours"] == pytest.approx(2 * row["ms"] / 1000)
+        assert row["TFLOP/s"] == pytest.approx(1000 / row["ms"])
+    for wrong in (["--presets", "huge"], ["--steps", "11"]):
+        with pytest.raises(SystemExit):
+            bench.main(wrong)

@@ -12,7 +12,7 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -630,6 +630,10 @@ def test_the_plan_counts_what_a_hand_counts():
     rows = {row.stage: row for row in plan.plan(flags)}
     assert rows["rf2 pairs"].flop == 5 * 2 * 16 * by_hand and rows["rf2 pairs"].steps == 2
     assert 2.5 < rows["rf2"].flop / (16 * by_hand) < 3      # nothing is below the first layer
+    flags = replace(flags, rf2_anchor_steps=1, grad_accum=4)
+    parts = {row.stage: row for row in plan.plan(flags)}
+    assert parts["rf2 pairs"].flop == 5 * 5 * 4 * by_hand and parts["rf2 pairs"].steps == 5
+    assert parts["rf2"].flop == rows["rf2"].flop and parts["rf2"].memory < rows["rf2"].memory
 
 
 @pytest.mark.parametrize("preset", ["toy", "small", "base"])
