@@ -98,6 +98,22 @@ def in_parts(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([f(part).cpu() for part in x.split(64 if x.is_cuda else 8)])
 
 
+def add_row(run: Run, table: Table, model: FlashAudio, name: str, label: str, steps: int,
+            guidance: float, made: tuple[Tensor, float, float], straightness: float | None) -> None:
+    """A row for what `sample` made of the model."""
+    latents, _, seconds = made
+    began = time.time()
+    mels = torch.cat([model.decode(z) for z in latents.split(64)])              # (N, 80, T)
+    wav = in_parts(run.vocoder, mels)                                           # (N, samples)
+    seconds += time.time() - began
+    label += f", {steps} step{'s' * (steps > 1)}"
+    if guidance != 1:
+        label += f", ω = {guidance:g}"
+    table.add(wav, f"{name}-{steps}-{guidance:g}", label, model=name, steps=steps,
+              nfe=steps if guidance == 1 else 2 * steps, guidance=guidance,
+              straightness=straightness, rtf=seconds * fa.SAMPLE_RATE / wav.numel())
+
+
 def add_stage(run: Run, table: Table, stage: str, guidance: float, all_steps: tuple) -> None:
     """The rows of a stage's model; the straightness in each is that of its paths in 24 steps."""
     model = run.load(stage)
@@ -106,21 +122,11 @@ def add_stage(run: Run, table: Table, stage: str, guidance: float, all_steps: tu
         made = longest
         if steps != 24:
             made = sample(model, table.captions, steps, guidance, run.flags.seed)
-        latents, _, seconds = made
-        began = time.time()
-        mels = torch.cat([model.decode(z) for z in latents.split(64)])          # (N, 80, T)
-        wav = in_parts(run.vocoder, mels)                                       # (N, samples)
-        seconds += time.time() - began
-        label = f"{NAMES[stage]}, {steps} step{'s' * (steps > 1)}"
-        if guidance != 1:
-            label += f", ω = {guidance:g}"
-        table.add(wav, f"{stage}-{steps}-{guidance:g}", label, model=stage, steps=steps,
-                  nfe=steps if guidance == 1 else 2 * steps, guidance=guidance,
-                  straightness=longest[1], rtf=seconds * fa.SAMPLE_RATE / wav.numel())
+        add_row(run, table, model, stage, NAMES[stage], steps, guidance, made, longest[1])
 
 
-def measure(run: Run) -> Table:
-    """The table of a run: recordings, what VAE and vocoder leave of them, then each model."""
+def new_table(run: Run) -> Table:
+    """A table of the held-out captions, with a row of their recordings."""
     data = run.data
     rows = data.held_out(run.flags.eval_clips)
     samples = data.mels.shape[2] * fa.HOP
@@ -128,7 +134,15 @@ def measure(run: Run) -> Table:
     captions = [data.captions[i] for i in rows]
     table = Table(make_judge(run, rows, real), captions, run.out / "listen")
     table.add(real, "real", "the real clip", model="real")
+    return table
+
+
+def measure(run: Run) -> Table:
+    """The table of a run: recordings, what VAE and vocoder leave of them, then each model."""
+    data = run.data
+    table = new_table(run)
     model = run.load("vae")
+    rows = data.held_out(run.flags.eval_clips)
     mels = torch.tensor(data.mels[data.file[rows]], device=run.device)          # (N, 80, T)
     wav = in_parts(lambda mel: run.vocoder(model.decode(model.encode(mel))), mels)
     table.add(wav, "vae", "the real clip through the VAE", model="vae")

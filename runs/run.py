@@ -60,7 +60,8 @@ class Run:
 
     def settings(self, stage: str, start: Any, functions: tuple) -> dict:
         """All that the weights of a stage depend on; `start`: a model, or couplings with a key."""
-        later = tuple(f"{name}_" for name in STAGES[STAGES.index(stage) + 1:])
+        after = STAGES.index(stage) + 1 if stage in STAGES else len(STAGES)    # a fork's: after all
+        later = tuple(f"{name}_" for name in STAGES[after:])
         own = {name: value for name, value in asdict(self.flags).items()
                if name not in WHERE and not name.startswith(later)}
         own["data"] = self.data.key

@@ -1,0 +1,78 @@
+"""Latent diffusion, as in AudioLDM, Tango and Make-An-Audio: 25 to 200 steps.
+
+v-prediction (Salimans and Ho 2022) under the cosine schedule (Nichol and Dhariwal 2021), captions
+dropped as in the CFM, DDIM with eta = 0 (Song et al. 2021). Trained from the CFM's first weights
+for as long as all of FlashAudio: CFM, 1-RF, couplings, 2-RF, couplings, distillation.
+
+Time is the project's: t = 0 noise, t = 1 data; the papers' is 1 - t.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flashaudio as fa
+import train
+from experiments.rivals.shared import TRAINING, Rival, affordable, chain_cost, column
+from flashaudio import Velocity
+from runs.run import Run
+
+LR = 1.5e-3                         # the CFM's
+GUIDANCE = 3.0                      # when sampling: training knows none
+TRIED = ((7e-4, 1.5e-3, 3e-3), (GUIDANCE,))                 # by --tune
+SAMPLED = ((25, 3.0), (25, 1.0), (100, 3.0), (100, 1.0), (200, 3.0), (200, 1.0))    # steps, ω
+
+
+def signal_and_noise(t: Tensor) -> tuple[Tensor, Tensor]:
+    """√ᾱ and √(1 - ᾱ) of the cosine schedule at t (...): 0 and 1 at t = 0, 1 and 0 at t = 1.
+
+    Continuous in t, so the noise at t = 0 is pure: no step is clipped to β = .999.
+    """
+    def cosine(s: Tensor) -> Tensor:
+        return torch.cos((s + 0.008) / 1.008 * math.pi / 2)
+
+    signal = (cosine(1 - t) / cosine(torch.zeros_like(t))).clamp(0, 1)
+    return signal, (1 - signal ** 2).sqrt()
+
+
+def diffusion_loss(model: Velocity, z0: Tensor, z1: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """E || (√ᾱ z0 - √(1-ᾱ) z1) - v(√ᾱ z1 + √(1-ᾱ) z0, t, c) ||², averaged over elements."""
+    signal, noise = signal_and_noise(column(t, z1))
+    return F.mse_loss(model(signal * z1 + noise * z0, t, context), signal * z0 - noise * z1)
+
+
+def ddim_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | None, steps: int,
+                guidance: float = 1.0) -> Tensor:
+    """DDIM with eta = 0 from z0 (B, ...) -> path (steps + 1, B, ...).
+
+    Trailing time steps: the first is at pure noise (Lin et al. 2024). Each splits z into estimates
+    of data and noise, x and ε, and mixes them again as the next time has it.
+    """
+    signal, noise = signal_and_noise(torch.linspace(0, 1, steps + 1))
+    z, path = z0, [z0]
+    for i in range(steps):
+        t = z.new_full((len(z),), i / steps)
+        v = fa.guided_velocity(model, z, t, context, null, guidance)
+        x = signal[i].item() * z - noise[i].item() * v
+        epsilon = noise[i].item() * z + signal[i].item() * v
+        z = signal[i + 1].item() * x + noise[i + 1].item() * epsilon
+        path.append(z)
+    return torch.stack(path)
+
+
+class Diffusion(Rival):
+    sampler = staticmethod(ddim_sample)
+
+
+def train_rival(run: Run, lr: float = LR, guidance: float = GUIDANCE, share: float = 1.0) -> Rival:
+    """Trained on `share` of the compute of the whole chain."""
+    steps = affordable(run.flags, share * chain_cost(run.flags), TRAINING)
+    stage = f"diffusion-{lr:g}-{steps}"
+    start = run.load("vae")                     # its backbone and text encoder are untrained
+    if not run.done(stage, start, diffusion_loss):
+        draw, parts = train.clip_batches(run, stage, start, fa.uniform)
+        model = Diffusion.begin(start, run.flags.seed)
+        train.fit(run, stage, model, parts, draw, diffusion_loss, steps, lr)
+    return Diffusion.from_pretrained(run.folder(stage), str(run.device))

@@ -1,0 +1,120 @@
+"""MeanFlow (Geng et al. 2025; MeanAudio) from the CFM: a network of average velocities.
+
+u(z, t, s): mean velocity of a path from z at t to s >= t, so one step is z0 + u(z0, 0, 1). The
+derivative of (s - t) u gives u = v + (s - t) (v · ∂_z u + ∂_t u). The paper's time is reversed.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import flashaudio as fa
+import train
+from experiments.rivals.shared import TRAINING, Rival, affordable, after_cfm, batches, column, read
+from flashaudio import Velocity
+from runs.run import Run
+
+LR = 5e-4
+GUIDANCE = 3.0                                      # in the target
+TRIED = ((2e-4, 5e-4, 1.5e-3), (2.0, 3.0))          # by --tune
+SAMPLED = ((1, 1.0), (2, 1.0), (4, 1.0))            # steps, ω
+COST = TRAINING + 2 + 1     # with and without caption; u and its derivative for half of the clips
+POWER = 1.0                                         # of the adaptive weight
+SMOOTH = 0.03                                       # in t: see TwoTimes
+
+
+class TwoTimes(fa.TimeEmbedder):
+    """Embeds 1000 t (B,), or 1000 (t, s) (B, 2): the CFM's own embedding of t, and of (t, s - t).
+
+    The CFM's has cosines of up to 1000 t, whose ripple hardly shows in v and makes most of ∂_t v.
+    Averaged over a Gaussian in t of std SMOOTH, v changes by 1%, and du/dt is that of the path.
+    """
+
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.way = nn.Sequential(nn.Linear(20, width), nn.SiLU(),
+                                 nn.Linear(width, width, bias=False))
+        nn.init.zeros_(self.way[2].weight)
+
+    def forward(self, times: Tensor) -> Tensor:
+        t, s = (times if times.dim() == 2 else torch.stack([times, times], 1)).unbind(1)
+        rate = 10000 ** (-torch.arange(128, device=t.device) / 128)
+        kept = torch.exp(-(1000 * SMOOTH * rate) ** 2 / 2)
+        old = t[:, None] * rate
+        octaves = 2.0 ** torch.arange(5, device=t.device) / 1000                # 1 to 16
+        new = torch.stack([t, s - t], 1)[..., None].mul(octaves).flatten(1)     # (B, 10)
+        new = self.way(torch.cat([new.cos(), new.sin()], 1))
+        return new + self.mlp(torch.cat([kept * old.cos(), kept * old.sin()], 1))
+
+
+def sorted_times(n: int, generator: torch.Generator | None = None) -> Tensor:
+    """t <= s (n, 2): logit-normal(-.4, 1) in the paper's time; s = t for the first half of them."""
+    times = (1 - fa.logit_normal(2 * n, -0.4, 1.0, generator)).view(n, 2).sort(1).values
+    times[:n // 2, 1] = times[:n // 2, 0]
+    return times
+
+
+def guided(u: Velocity, z: Tensor, t: Tensor, v: Tensor, context: Tensor, null: Tensor,
+           guidance: float) -> Tensor:
+    """v + (1 - 1/ω) (u(z,t,t|c) - u(z,t,t|∅)) of a data velocity v: u learns v_cfg of scale ω."""
+    return v + (1 - 1 / guidance) * (u(z, t, context) - u(z, t, null))
+
+
+def meanflow_target(u: Velocity, z: Tensor, v: Tensor, times: Tensor, context: Tensor) -> Tensor:
+    """v + (s - t) (v · ∂_z u + ∂_t u) -> (B, ...), s held fixed; times (B, 2)."""
+    t, s = times.unbind(1)
+
+    def at(z: Tensor, t: Tensor) -> Tensor:
+        return u(z, torch.stack([t, s], 1), context)
+
+    with sdpa_kernel(SDPBackend.MATH):              # the others have no forward derivative
+        _, change = torch.func.jvp(at, (z, t), (v, torch.ones_like(t)))
+    return v + column(s - t, z) * change
+
+
+def weighted(error: Tensor) -> Tensor:
+    """Its gradient: of || error ||² / sg(|| error ||² + 1e-3)^POWER; its value: without weight."""
+    squares = error.pow(2).flatten(1)                                           # (B, elements)
+    loss = (squares.sum(1) * (squares.sum(1).detach() + 1e-3) ** -POWER).mean()
+    return squares.detach().mean() + loss - loss.detach()
+
+
+def meanflow_sample(u: Velocity, z0: Tensor, context: Tensor, _: Tensor | None, steps: int,
+                    guidance: float = 1.0) -> Tensor:
+    """z + u(z, t, s) (s - t) -> path (steps + 1, B, ...). Guidance is in the weights."""
+    path = [z0]
+    for i in range(steps):
+        times = z0.new_tensor([i / steps, (i + 1) / steps]).expand(len(z0), 2)
+        path.append(path[-1] + u(path[-1], times, context) / steps)
+    return torch.stack(path)
+
+
+class MeanFlow(Rival):
+    sampler = staticmethod(meanflow_sample)
+
+    def __init__(self, config: fa.FlashAudioConfig):
+        super().__init__(config)
+        self.dit.t_embedder = TwoTimes(config.dit.hidden_size)
+
+
+def train_rival(run: Run, lr: float = LR, guidance: float = GUIDANCE, share: float = 1.0) -> Rival:
+    """Trained on `share` of the compute that FlashAudio takes from the CFM on."""
+    steps = affordable(run.flags, share * after_cfm(run.flags), COST)
+    stage = f"meanflow-{lr:g}-{guidance:g}-{steps}"
+    cfm = run.load("cfm").requires_grad_(False)
+    null = cfm.contexts([""])
+    if not run.done(stage, cfm, meanflow_target, weighted):
+        draw = batches(run, stage, cfm, sorted_times, run.flags.caption_dropout)
+
+        def loss(model: MeanFlow, z0: Tensor, z1: Tensor, times: Tensor, text: Tensor) -> Tensor:
+            t = times[:, 0]
+            context = read(cfm, text)
+            z = torch.lerp(z0, z1, column(t, z0))
+            with torch.no_grad():
+                v = guided(model.dit, z, t, z1 - z0, context, null.expand_as(context), guidance)
+                far = times[:, 1] > t           # elsewhere the target is v
+                v[far] = meanflow_target(model.dit, z[far], v[far], times[far], context[far])
+            return weighted(model.dit(z, times, context) - v)
+
+        train.fit(run, stage, MeanFlow.begin(cfm, run.flags.seed), ("dit",), draw, loss, steps, lr)
+    return MeanFlow.from_pretrained(run.folder(stage), str(run.device))
