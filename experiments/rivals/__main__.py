@@ -62,6 +62,7 @@ def entries(run: Run) -> Iterator[Entry]:
         yield Entry(name, rival.train_rival(run), chain_cost(run.flags), rival.SAMPLED)
 
 
+@torch.no_grad()
 def figures(run: Run, table: evaluate.Table, entry: Entry, steps: int, guidance: float) -> dict:
     """What a row shows of a model, measured as in stage eval."""
     seed, captions, bend = run.flags.seed, table.captions, None
@@ -76,7 +77,6 @@ def figures(run: Run, table: evaluate.Table, entry: Entry, steps: int, guidance:
     return {figure: row[figure] for figure in FIGURES if row[figure] is not None}
 
 
-@torch.no_grad()
 def measure(run: Run, entry: Entry, table: evaluate.Table, folder: Path) -> list[dict]:
     """The rows of a model, measured unless they are in the folder."""
     found = []
@@ -112,7 +112,6 @@ def validation(run: Run) -> Run:
     return replace(run, data=clips, flags=replace(run.flags, out=str(out)))
 
 
-@torch.no_grad()
 def tune(run: Run, name: str, share: float) -> None:
     """Print what a rival reaches on validation clips with each of its settings that are tried."""
     rival, judged = RIVALS[name], validation(run)
@@ -121,8 +120,7 @@ def tune(run: Run, name: str, share: float) -> None:
     table = evaluate.new_table(judged)
     print(f"{name}: {share:g} of its training, {len(table.captions)} validation captions")
     for lr, guidance in product(*rival.TRIED):
-        with torch.enable_grad():
-            model = rival.train_rival(run, lr, guidance, share)
+        model = rival.train_rival(run, lr, guidance, share)
         found = figures(judged, table, Entry(name, model, 0, ()), steps, omega)
         texts = [f"{figure} {value:.4g}" for figure, value in found.items()]
         print(f"lr {lr:g}, ω = {guidance:g}, {steps} step{'s' * (steps > 1)}: {', '.join(texts)}")

@@ -5,6 +5,7 @@ which at t = 1 is z by construction. It learns to say there what an average of i
 of the teacher later (Song et al. 2023; guidance inside the step: LCM, Luo et al. 2023).
 """
 
+import zlib
 from copy import deepcopy
 
 import torch
@@ -49,14 +50,15 @@ def consistency_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tenso
                        steps: int, guidance: float = 1.0) -> Tensor:
     """Jump to the end, go back to the next t with new noise, jump again -> (steps + 1, B, ...).
 
-    Guidance is in the weights. The new noise is the same for every clip, whatever its batch.
+    Guidance is in the weights. The new noise of a clip depends on its first, not on its batch.
     """
-    generator = torch.Generator().manual_seed(0)
+    seeds = [zlib.crc32(noise.cpu().numpy().tobytes()) for noise in z0]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     z, path = z0, [z0]
     for i in range(steps):
         t = z.new_full((len(z),), i / steps)
         if i > 0:
-            noise = torch.randn(z.shape[1:], generator=generator).to(z)
+            noise = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z)
             z = column(1 - t, z) * noise + column(t, z) * z
         z = estimate(model, z, t, context)
         path.append(z)
