@@ -127,8 +127,7 @@ from runs.start import latent_scale, new_model
 Pairing = Callable[[Tensor, Tensor], Tensor]        # z0, z1 -> z0 in the order of the data
 Draw = Callable[[int], list[Tensor]]                # step -> a batch, this process's part, (B, ...)
 
-# Pairing, density of t, loss and sampler are arguments of the stages that have them: a fork calls
-# a stage with a function of its own.
+# Pairing, density, loss and sampler are arguments: a fork calls a stage with a function of its own.
 
 
 def main(run: Run) -> None:
@@ -211,10 +210,8 @@ def train_vae(run: Run) -> FlashAudio:
     flags, data = run.flags, run.data
     if run.done("vae"):
         return run.load("vae")
-    mels = data.some_mels(flags.seed)
-    model = new_model(flags.preset, flags.text, flags.seed, mels).to(run.device)
-    pieces = min(flags.vae_frames, model.config.frames) // model.stride
-    frames = max(1, pieces) * model.stride
+    model = new_model(flags.preset, flags.text, flags.seed, data.some_mels(flags.seed))
+    frames = max(1, min(flags.vae_frames, model.config.frames) // model.stride) * model.stride
     width = model.config.vae.embed_dim
 
     def draw(step: int) -> list[Tensor]:
@@ -343,8 +340,7 @@ def couplings(run: Run, model: FlashAudio, stage: str,
         return None
     began = time.time()
     contexts, place = data.contexts(model)
-    count = getattr(flags, f"{stage}_couplings")    # --rf2_couplings or --distill_couplings
-    clips = data.some(count, flags.seed)            # whose caption each pair has
+    clips = data.some(getattr(flags, f"{stage}_couplings"), flags.seed)     # whose caption each has
     size = max(1, flags.batch_size // flags.grad_accum)
     steps = getattr(flags, f"{stage}_coupling_steps")
     guidance = getattr(flags, f"{stage}_guidance")
@@ -382,10 +378,7 @@ def train_rf2(run: Run, model: FlashAudio, pairs: Couplings,
               density: Callable[..., Tensor] = fa.mix_exp,
               loss: Callable[..., Tensor] = fa.rectified_flow_loss,
               pair: Pairing | None = None) -> FlashAudio:
-    """2-RF: Eq. 5 and 12 on couplings, with t of Eq. 8.
-
-    pair: gives each sample other noise than it was made from, as Algorithm 1 literally says.
-    """
+    """2-RF: Eq. 5 and 12 on couplings, t of Eq. 8. pair: their noise anew, as Algorithm 1 says."""
     flags = run.flags
     if run.done("rf2", pairs, density, loss, pair):
         return run.load("rf2")
