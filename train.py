@@ -45,7 +45,7 @@ class Flags:
     vae_kl_weight: float = flag(3e-2, "weight of the KL term")          # ours: a smooth latent
     # cfm, rf1: flow matching, rectified flow
     cfm_steps: int = flag(1500, "steps of stage cfm")
-    rf1_steps: int = flag(200, "steps of stage rf1")
+    rf1_steps: int = flag(500, "steps of stage rf1")
     rf1_lr: float = flag(5e-4, "its peak learning rate")                # a large one undoes the CFM
     # rf2: reflow. Of its couplings the paper says nothing but Eq. 10-11
     rf2_couplings: int = flag(2000, "(noise, sample) pairs that rf2 is trained on")
@@ -54,12 +54,12 @@ class Flags:
     rf2_anchor_steps: int = flag(1, "anchored optimisation: iterations a step; 0 is off", low=0)
     rf2_anchor_lr: float = flag(1e-2, "its learning rate at t = 0")     # null-text inversion
     rf2_anchor_tol: float = flag(1e-5, "loss at t = 0 below which a sample is left alone")
-    rf2_steps: int = flag(1200, "steps of stage rf2")
+    rf2_steps: int = flag(1600, "steps of stage rf2")
     # distill
-    distill_couplings: int = flag(6000, "pairs that distill is trained on")   # few: learnt by heart
-    distill_coupling_steps: int = flag(8, "Euler steps a pair")
+    distill_couplings: int = flag(12000, "pairs that distill is trained on")   # few: learnt by heart
+    distill_coupling_steps: int = flag(4, "Euler steps a pair")
     distill_guidance: float = flag(1.0, "guidance scale of the pairs")  # the 2-RF has learnt ω
-    distill_steps: int = flag(1000, "steps of stage distill")
+    distill_steps: int = flag(1500, "steps of stage distill")
     # how it is judged and saved
     eval_clips: int = flag(160, "held-out captions in stage eval", low=2)
     judge: str = flag("", "of stage eval: CLAP[,AST], folders or hub ids; '' compares log-mels")
