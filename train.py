@@ -56,7 +56,7 @@ class Flags:
     rf2_anchor_tol: float = flag(1e-5, "loss at t = 0 below which a sample is left alone")
     rf2_steps: int = flag(1600, "steps of stage rf2")
     # distill
-    distill_couplings: int = flag(12000, "pairs that distill is trained on")   # few: learnt by heart
+    distill_couplings: int = flag(12000, "pairs that distill is trained on")  # few: learnt by heart
     distill_coupling_steps: int = flag(4, "Euler steps a pair")
     distill_guidance: float = flag(1.0, "guidance scale of the pairs")  # the 2-RF has learnt ω
     distill_steps: int = flag(1500, "steps of stage distill")
