@@ -740,7 +740,7 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """v(z_t, t, c) -> (B, C, L); text: contexts (B, N, D), or captions as ids of `tokenize`."""
-        context = text if text.is_floating_point() else self.text(text)
+        context = text.to(z) if text.is_floating_point() else self.text(text)
         return self.dit(z, t, context)
 
     def latent_shape(self, seconds: float | None = None) -> tuple[int, int]:

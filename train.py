@@ -245,7 +245,7 @@ def flow_batches(run: Run, stage: str, rows: np.ndarray, ends: Callable, texts: 
         z0, z1 = ends(batch, generator)
         t = density(len(batch), generator=generator)
         kept = torch.rand(len(batch), generator=generator) >= flags.caption_dropout
-        text = tensor(texts[np.where(kept, place[batch], 0)])
+        text = torch.from_numpy(texts[np.where(kept, place[batch], 0)])
         z0, z1, t, text = run.share(z0, z1, t, text)
         if pair is not None:
             z0 = pair(z0, z1)
@@ -274,12 +274,6 @@ def clip_batches(run: Run, stage: str, model: FlashAudio, density: Callable[...,
         return z0, scale * (mean + std * eps)
 
     return flow_batches(run, stage, data.train, ends, texts, place, density, pair), parts
-
-
-def tensor(array: np.ndarray) -> Tensor:
-    """Rows of an array on disk; halves become floats."""
-    x = torch.from_numpy(array)
-    return x.float() if x.dtype == torch.float16 else x
 
 
 def train_cfm(run: Run, model: FlashAudio, density: Callable[..., Tensor] = fa.uniform,
@@ -349,7 +343,7 @@ def couplings(run: Run, model: FlashAudio, stage: str,
 
     def fill(array: np.ndarray) -> None:
         run.compile(model.requires_grad_(False), dynamic=None)      # Eq. 10 drops finished samples
-        null = tensor(np.array(contexts[:1])).to(run.device)
+        null = torch.tensor(contexts[:1]).to(run.device).float()    # frozen contexts are halves
         for i in blocks(array, size, "pairs"):
             if array[i:i + size, 1].any((1, 2)).all():      # done by a run that was interrupted
                 continue
@@ -359,7 +353,7 @@ def couplings(run: Run, model: FlashAudio, stage: str,
             if pair is not None:
                 means = torch.from_numpy(real[data.file[rows], 0])
                 z0 = pair(z0, model.scale_factor.cpu() * means)
-            context = tensor(contexts[place[rows]]).to(run.device)
+            context = torch.from_numpy(contexts[place[rows]]).to(run.device).float()
             with run.autocast():
                 z1 = sampler(model, z0.to(run.device), context, null.expand(len(rows), -1, -1),
                              steps, guidance, *anchoring)
@@ -397,7 +391,7 @@ def distill(run: Run, model: FlashAudio, pairs: Couplings,
     def draw(step: int) -> list[Tensor]:
         rows = batch_indices(len(pairs.latents), flags.batch_size, step, flags.seed)
         z0, z1 = pairs.ends(rows)
-        return run.share(z0, z1, tensor(pairs.contexts[pairs.place[rows]]))
+        return run.share(z0, z1, torch.from_numpy(pairs.contexts[pairs.place[rows]]))
 
     return fit(run, "distill", model, ("dit",), draw, loss, flags.distill_steps, flags.lr)
 

@@ -65,7 +65,7 @@ def batches(run: Run, stage: str, model: FlashAudio, density: Callable[..., Tens
 
 def read(model: FlashAudio, text: Tensor) -> Tensor:
     """The texts of a batch, contexts or not yet -> contexts (B, N, D)."""
-    return text if text.is_floating_point() else model.text(text)
+    return text.float() if text.is_floating_point() else model.text(text)
 
 
 class Rival(FlashAudio):
