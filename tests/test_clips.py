@@ -199,6 +199,24 @@ def test_a_recording_with_a_window_that_cannot_be_read_is_left_out_and_named_onc
     assert said.count("0.flac") == 1 and "skipped 1 of 12 clips" in said
 
 
+def test_any_name_is_read_and_a_file_that_vanishes_in_between_is_named(tmp_path, monkeypatch,
+                                                                       capsys):
+    write_clips(tmp_path, 12)
+    for i, name in enumerate(("ein Ton, leise.wav", "Jürgen.WAV", "雨 'x' \"y\".wav")):
+        os.rename(tmp_path / f"{i}.wav", tmp_path / name)
+    real = clips.load_audio
+
+    def vanishing(path, *how):
+        if path.endswith("5.wav"):
+            os.unlink(path)
+        return real(path, *how)
+
+    monkeypatch.setattr(clips, "load_audio", vanishing)
+    data = Clips(tmp_path, tmp_path.parent / f"{tmp_path.name}-cache", 32)
+    assert {"ein Ton, leise", "Jürgen", "雨 'x' \"y\""} <= set(data.captions)
+    assert len(data.rows) == 11 and "5.wav: no such file" in capsys.readouterr().out
+
+
 def test_latents_and_contexts_follow_the_weights_they_were_made_with(tmp_path):
     write_clips(tmp_path, 3)
     data = Clips(tmp_path / "manifest.csv", tmp_path / "cache", 32)

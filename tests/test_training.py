@@ -115,7 +115,7 @@ def wired(tmp_path_factory) -> SimpleNamespace:
         for name in ("settings", "write_notes"):        # they ask for all flags
             patch.setattr(Run, name, unwatched(getattr(Run, name)))
         data = write_clips(folder / "clips")
-        with opened("--data", data, "--out", folder / "out", *FLAGS) as run:
+        with opened("--data", data, "--out", folder / "out", "--windows", 1, *FLAGS) as run:
             run.flags = Watched(**asdict(run.flags))
             read.clear()
             train.main(run)
