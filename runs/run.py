@@ -1,5 +1,7 @@
 """A run: its folder, what its stages depend on, and how it survives being interrupted."""
 
+import ast
+import inspect
 import json
 import math
 import os
@@ -7,6 +9,7 @@ import platform
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -156,8 +159,19 @@ class Run:
 
 
 def names_of(*functions: Callable | None) -> list[str]:
-    """What functions are known by in settings and keys; None has no name."""
-    return [f"{f.__module__}.{f.__qualname__}" for f in functions if f is not None]
+    """What functions are known by in settings and keys: name and code; None is left out."""
+    return [f"{f.__module__}.{f.__qualname__} {code_of(f)}" for f in functions if f is not None]
+
+
+def code_of(function: Callable) -> str:
+    """Digest of what a function itself does, whatever its comments; "" where no file has it."""
+    try:
+        definition, = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+    except (OSError, TypeError, SyntaxError):
+        return ""
+    if ast.get_docstring(definition):
+        definition.body = definition.body[1:]
+    return digest(ast.unparse(definition))
 
 
 def content_of(source: str) -> str:

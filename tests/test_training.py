@@ -31,7 +31,7 @@ from data import datasets, toy
 from evaluation.judges import NearestClip
 from flashaudio import FlashAudio, InputError
 from runs import plan, processes
-from runs.run import STAGES, WHERE, Run
+from runs.run import STAGES, WHERE, Run, names_of
 from runs.start import initialize
 from tests.helpers import (ROOT, TINY, exit_code, opened, rng, run, save_text_model, tiny_model,
                            write_clips)
@@ -48,7 +48,7 @@ FLAGS = """--device cpu --batch_size 8 --warmup 5 --lr 2e-3 --lr_end 0.1 --grad_
     --cfm_steps 20 --rf1_steps 20 --rf1_lr 1e-3 --rf2_couplings 6 --rf2_coupling_steps 3
     --rf2_guidance 2.5 --rf2_anchor_steps 2 --rf2_anchor_lr 0.02 --rf2_anchor_tol 1e-6
     --rf2_steps 20 --distill_couplings 9 --distill_coupling_steps 2 --distill_guidance 1.5
-    --distill_steps 20 --eval_clips 2 --save_every 0""".split()
+    --distill_steps 20 --eval_clips 2 --save_every 0 --windows 1""".split()
 PARTS = {"vae": ("vae",), "cfm": ("text", "dit"), "rf1": ("text", "dit"), "rf2": ("dit",),
          "distill": ("dit",)}
 
@@ -115,7 +115,7 @@ def wired(tmp_path_factory) -> SimpleNamespace:
         for name in ("settings", "write_notes"):        # they ask for all flags
             patch.setattr(Run, name, unwatched(getattr(Run, name)))
         data = write_clips(folder / "clips")
-        with opened("--data", data, "--out", folder / "out", "--windows", 1, *FLAGS) as run:
+        with opened("--data", data, "--out", folder / "out", *FLAGS) as run:
             run.flags = Watched(**asdict(run.flags))
             read.clear()
             train.main(run)
@@ -323,6 +323,18 @@ def test_training_starts_where_the_decoder_hears_the_latent(wired):
             assert torch.equal(layer(mel[:, :64]), mel[:, :64])     # adds nothing yet
     for block in model.dit.blocks:
         assert (block.adaLN_modulation[1].bias.view(6, -1)[[2, 5]] == 0.5).all()
+
+
+def test_a_function_is_known_by_name_and_code(tmp_path):
+    def known(name: str, source: str) -> str:
+        (tmp_path / f"{name}.py").write_text(f"def double(t):\n    {source}\n")
+        return names_of(runpy.run_path(tmp_path / f"{name}.py")["double"], None)[0]
+
+    first = known("first", "return 2 * t")
+    assert first.startswith("<run_path>.double ") and first[-1] != " "
+    assert known("commented", "'twice'\n    return 2*t      # the same") == first
+    assert known("edited", "return 3 * t") != first
+    assert names_of(len) == ["builtins.len "]           # has no file
 
 
 def test_a_fork_brings_its_own_functions(wired, tmp_path):
