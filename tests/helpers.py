@@ -29,12 +29,13 @@ def rng(seed: int = 0) -> torch.Generator:
 
 
 def tiny_model(seed: int = 0, config: FlashAudioConfig = TINY) -> FlashAudio:
-    """A small FlashAudio whose output is not zero, as that of an untrained one would be."""
+    """A small FlashAudio whose output is not 0 and whose scale is not 1, as untrained ones' are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = FlashAudio(config).eval()
         for p in model.dit.parameters():
             nn.init.normal_(p, std=0.2)
+        model.scale_factor.fill_(0.7)
     return model
 
 
@@ -81,6 +82,10 @@ def exit_code(script: str, *typed) -> int:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0
+
+
+def tone(samples: int = 16000, rate: int = 16000) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * 440 * np.arange(samples) / rate)
 
 
 def write_clips(folder: Path, n: int = 6, samples: int = 20_000) -> Path:

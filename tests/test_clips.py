@@ -15,11 +15,7 @@ from data import clips, toy
 from data.clips import Clips, batch_indices, load_audio
 from data.rows import read_manifest
 from flashaudio import InputError
-from tests.helpers import rng, run, tiny_model, write_clips
-
-
-def tone(samples: int = 16000, rate: int = 16000) -> np.ndarray:
-    return 0.5 * np.sin(2 * np.pi * 440 * np.arange(samples) / rate)
+from tests.helpers import rng, run, tiny_model, tone, write_clips
 
 
 @pytest.fixture

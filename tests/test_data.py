@@ -20,15 +20,11 @@ from data import datasets
 from data.clips import Clips, load_audio
 from data.rows import read_folder, read_manifest
 from flashaudio import InputError
-from tests.helpers import ROOT, run, write_clips
+from tests.helpers import ROOT, run, tone, write_clips
 
 CASES = ROOT.parent / "shared" / "cases"
 CASE_FILES = sorted(path.name for path in CASES.glob("*.wav"))
 HEADER = "audio_path,caption,split\n"
-
-
-def tone(samples: int = 16000, rate: int = 16000) -> np.ndarray:
-    return 0.5 * np.sin(2 * np.pi * 440 * np.arange(samples) / rate)
 
 
 # ---- Audio files --------------------------------------------------------------------------------

@@ -82,8 +82,11 @@ def test_the_table_has_its_rows(evaluated):
         assert row["clips"] == 7 and np.isfinite(row["fd"]) and row["judge"] == "nearest log-mel"
     for row in rows[2:]:
         assert row["rtf"] > 0
-    straight = [row["straightness"] for row in rows[2:]]
-    assert straight[0] == straight[1] == straight[2] != straight[3]
+    captions = [evaluated.data.captions[i] for i in evaluated.data.held_out(50)]
+    model = evaluated.load("cfm")
+    z0 = torch.cat([model.noise([""], 3 + k, model.latent_shape()) for k in range(7)])
+    path = model.sample_latents(captions, 24, z0=z0, return_trajectory=True)
+    assert rows[2]["straightness"] == pytest.approx(fa.straightness(path), rel=1e-3)
     assert results["config"]["cfm_steps"] == 4 and results["config"]["eval_clips"] == 50
     assert results["config"]["data"] == "/home/me/sounds/birds.csv"
     assert results["seed"] == 3 and results["seconds"] >= 500 and "torch" in results["hardware"]
@@ -161,7 +164,9 @@ def test_public_judge_scores_the_real_clips_best(tmp_path):
     run = SimpleNamespace(data=data, device=torch.device("cpu"), flags=Flags(judge=f"{clap},{ast}"))
     judge = judges.make_judge(run, data.train, wav)
     real = judge(wav)
-    noise = judge(0.1 * torch.randn(wav.shape, generator=rng()))
+    hiss = 0.1 * torch.randn(wav.shape, generator=rng())
+    noise = judge(hiss)
+    assert noise["kl"] == fa.kl_divergence(judge.real_posterior, judge.hear(hiss)[1])
     assert real["fd"] == pytest.approx(0, abs=1e-6) and real["kl"] == pytest.approx(0, abs=1e-6)
     assert real["accuracy"] == 1 and noise["fd"] > 1e-3 and noise["kl"] > 1e-6
     assert -1 <= real["clap"] <= 1 and judge.name == "clap,ast"

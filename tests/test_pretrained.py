@@ -33,7 +33,6 @@ def public(tmp_path_factory) -> Path:
         (folder / name / "config.json").write_text(json.dumps({"model_type": name, **BERT}))
     model = tiny_model(config=PUBLIC)
     model.config.text.tokenizers = (str(folder / "bert"), str(folder / "t5"))
-    model.scale_factor.fill_(0.7)
     model.save_pretrained(folder / "ours")
     state = {make_an_audio.their_name(name): value for name, value in model.state_dict().items()}
     state["alphas_cumprod"] = torch.zeros(1000)

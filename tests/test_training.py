@@ -28,11 +28,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import flashaudio as fa
 import train
 from data import datasets, toy
+from data.clips import batch_indices
 from evaluation.judges import NearestClip
 from flashaudio import FlashAudio, InputError
 from runs import plan, processes
 from runs.run import STAGES, WHERE, Run, names_of
-from runs.start import initialize
+from runs.start import initialize, new_model
 from tests.helpers import (ROOT, TINY, exit_code, opened, rng, run, save_text_model, tiny_model,
                            write_clips)
 from tests.test_evaluation import assert_page_is_whole
@@ -43,22 +44,23 @@ QUICK = """--batch_size 4 --vae_steps 4 --cfm_steps 4 --rf1_steps 3 --rf2_steps 
     --rf2_couplings 6 --distill_couplings 6 --rf2_coupling_steps 2 --distill_coupling_steps 2
     --eval_clips 6 --device cpu""".split()
 # Values of their own, so that a flag taken for another is seen
-FLAGS = """--device cpu --batch_size 8 --warmup 5 --lr 2e-3 --lr_end 0.1 --grad_clip 0.02 --ema 0.9
-    --caption_dropout 0.3 --vae_steps 20 --vae_lr 3e-3 --vae_frames 16 --vae_kl_weight 0.01
-    --cfm_steps 20 --rf1_steps 20 --rf1_lr 1e-3 --rf2_couplings 6 --rf2_coupling_steps 3
-    --rf2_guidance 2.5 --rf2_anchor_steps 2 --rf2_anchor_lr 0.02 --rf2_anchor_tol 1e-6
-    --rf2_steps 20 --distill_couplings 9 --distill_coupling_steps 2 --distill_guidance 1.5
-    --distill_steps 20 --eval_clips 2 --save_every 0 --windows 1""".split()
+FLAGS = """--device cpu --seed 3 --batch_size 8 --warmup 5 --lr 2e-3 --lr_end 0.1 --ema 0.9
+    --grad_clip 0.02 --caption_dropout 0.3 --vae_steps 20 --vae_lr 3e-3 --vae_frames 16
+    --vae_kl_weight 0.01 --cfm_steps 20 --rf1_steps 20 --rf1_lr 1e-3 --rf2_couplings 6
+    --rf2_coupling_steps 3 --rf2_guidance 2.5 --rf2_anchor_steps 2 --rf2_anchor_lr 0.02
+    --rf2_anchor_tol 1e-6 --rf2_steps 20 --distill_couplings 9 --distill_coupling_steps 2
+    --distill_guidance 1.5 --distill_steps 20 --eval_clips 2 --save_every 0 --windows 1""".split()
 PARTS = {"vae": ("vae",), "cfm": ("text", "dit"), "rf1": ("text", "dit"), "rf2": ("dit",),
          "distill": ("dit",)}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def tiny_preset():
-    """In this process, preset toy is a tiny model, and main() leaves the evaluation out."""
+    """In this process, preset toy is a tiny model, and main() draws and evaluates nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(fa.PRESETS, "toy", TINY)
         patch.setattr(train, "evaluate", lambda run: None)
+        patch.setattr(train, "draw_losses", lambda folder: None)
         yield
 
 
@@ -88,6 +90,7 @@ def wired(tmp_path_factory) -> SimpleNamespace:
             super().step()
             weights = [p.detach().clone() for p in group["params"]]
             fits[list(fits)[-1]].steps.append((group["lr"], norms.norm().item(), weights))
+            fits[list(fits)[-1]].adam = (group["betas"], group["weight_decay"])
 
     def fit(run, stage, model, parts, *given, real=train.fit):
         fits[stage] = SimpleNamespace(start=copy.deepcopy(model.state_dict()), parts=parts,
@@ -147,6 +150,12 @@ def same(state: dict, other: dict) -> bool:
     return all(torch.equal(state[name], value) for name, value in other.items())
 
 
+def losses(out: Path, stage: str) -> list[float]:
+    """Those of a stage in the log of a run."""
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["stage"] == stage]
+
+
 def apart(model: FlashAudio, wired, stage: str, part: str) -> float:
     """How far weights are from those of the run, in lengths of the way that those went."""
     far = way = 0.0
@@ -183,15 +192,33 @@ def test_each_stage_starts_from_the_one_before_and_trains_its_parts(wired):
 def test_couplings_are_made_as_the_flags_say(wired, stage, n, steps, guidance):
     made, data = wired.made[stage], wired.run.data
     teacher = wired.models[{"rf2": "rf1", "distill": "rf2"}[stage]]
-    captions = [data.captions[i] for i in data.some(n, 0)]
+    captions = [data.captions[i] for i in data.some(n, 3)]
     z0, context, z1 = (torch.cat([call[i] for call in made.calls]) for i in (1, 2, -1))
-    assert len(set(captions)) == 6 and len(z0.flatten(1).unique(dim=0)) == n
+    generators = [wired.run.generator(stage, "couplings", i) for i in range(n)]
+    noise = torch.stack([torch.randn(20, 16, generator=g) for g in generators])
+    assert len(set(captions)) == 6 and torch.equal(z0, noise)
     torch.testing.assert_close(context, teacher.contexts(captions))
     for call in made.calls:
         torch.testing.assert_close(call[3], teacher.contexts([""]).expand_as(call[3]))
         assert call[4:9] == (steps, guidance, 2, 0.02, 1e-6)
     assert torch.equal(torch.stack([z0, z1], 1), torch.tensor(made.pairs.latents))
     assert np.array_equal(made.pairs.contexts[made.pairs.place], context)
+
+
+def test_couplings_are_made_anew_when_what_they_are_made_from_changes(wired, tmp_path):
+    keys = {wired.made["rf2"].pairs.key}
+    with opened(*copied(wired, tmp_path), "--stage", "rf2") as run:
+        for model, changed in (("cfm", {}), ("rf1", {"seed": 4}), ("rf1", {"rf2_guidance": 2.0}),
+                               ("rf1", {"rf2_coupling_steps": 2}), ("rf1", {"rf2_anchor_lr": 0.1})):
+            run.flags = replace(run.flags, **changed)
+            keys.add(train.couplings(run, wired.models[model], "rf2").key)
+    assert len(keys) == 6
+
+
+def test_noise_depends_on_seed_stage_and_step(wired):
+    other = replace(wired.run, flags=train.Flags(seed=4))
+    noise = [(wired.run, "cfm", 1), (wired.run, "rf1", 1), (wired.run, "cfm", 2), (other, "cfm", 1)]
+    assert len({run.generator(*what).initial_seed() for run, *what in 2 * noise}) == 4
 
 
 def field(z: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -240,12 +267,10 @@ def test_couplings_are_drawn_whole_with_their_context(wired, stage, dropout):
     assert torch.equal(text[~null], contexts[pairs.place[row[~null]]])
 
 
-@pytest.mark.parametrize("stage, cdf", [
-    ("cfm", lambda t: t),
-    ("rf1", lambda t: stats.norm.cdf(np.log(t / (1 - t)))),
-    ("rf2", lambda t: 0.5 + (np.exp(4 * t) - np.exp(4 * (1 - t))) / (2 * np.expm1(4)))])
-def test_t_is_drawn_from_the_density_of_the_stage(wired, stage, cdf):
-    assert stats.kstest(drawn(wired, stage)[2].double().numpy(), cdf).pvalue > 0.01
+@pytest.mark.parametrize("stage, density", [
+    ("cfm", fa.uniform), ("rf1", fa.logit_normal), ("rf2", fa.mix_exp)])
+def test_t_is_drawn_from_the_density_of_the_stage(wired, stage, density):
+    assert stats.ks_2samp(drawn(wired, stage)[2], density(9999, generator=rng())).pvalue > 0.01
 
 
 @pytest.mark.parametrize("stage, low, high", [("cfm", 0, 1), ("rf1", 99, 100)])
@@ -256,7 +281,7 @@ def test_the_1rf_pairs_noise_with_data_and_the_cfm_does_not(wired, stage, low, h
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_every_epoch_has_each_clip_once_in_an_order_of_its_own(wired, stage, monkeypatch):
+def test_clips_are_drawn_in_the_order_of_the_seed(wired, stage, monkeypatch):
     monkeypatch.setattr(wired.run.flags, "caption_dropout", 0.0)
     z0, *_, text = drawn(wired, stage, 18)              # vae: mels, noise
     n = 6
@@ -268,9 +293,7 @@ def test_every_epoch_has_each_clip_once_in_an_order_of_its_own(wired, stage, mon
     else:
         noise = torch.tensor(wired.made[stage].pairs.latents[:, 0])
         row, n = nearest(z0, noise), len(noise)
-    epochs = [tuple(epoch) for epoch in row.view(-1, n).tolist()]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    assert len(set(epochs)) > len(epochs) / 2
+    assert row.tolist() == batch_indices(n, len(row), 0, 3).tolist()
 
 
 @pytest.mark.parametrize("stage, peak", [
@@ -283,6 +306,7 @@ def test_rates_clipping_and_average_follow_their_formulas(wired, stage, peak):
     lines = map(json.loads, (wired.out / "metrics.jsonl").read_text().splitlines())
     lines = {line["step"]: line for line in lines if line["stage"] == stage}
     assert list(lines) == [10, 20] and lines[10]["grad_norm"] > 0.04
+    assert fit.adam == ((0.9, 0.999), 0.01)             # torch's own
     for step, (rate, norm, weights) in enumerate(fit.steps):
         cosine = (1 + math.cos(math.pi * step / 20)) / 2
         assert rate == pytest.approx(peak * min(1, (step + 1) / 5) * (0.1 + 0.9 * cosine))
@@ -301,6 +325,8 @@ def test_a_flag_that_a_stage_reads_is_among_its_settings(wired, stage):
     assert {"batch_size", "warmup", "seed", f"{stage}_steps"} <= read
     elsewhere = {"out", "init", "stage", "grad_accum", "save_every"}        # not what, but where
     assert read - set(wired.run.notes(stage)["settings"]) <= elsewhere <= set(WHERE)
+    starts = [wired.run.settings(stage, model, ())["from"] for model in wired.models.values()]
+    assert len(set(starts)) == len(STAGES)
     assert len(fields(train.Flags)) <= 42
 
 
@@ -308,7 +334,9 @@ def test_a_flag_that_a_stage_reads_is_among_its_settings(wired, stage):
 def test_training_starts_where_the_decoder_hears_the_latent(wired):
     start, model = wired.fits["vae"].start, FlashAudio(TOY)
     torch.testing.assert_close(start["vae.decoder.conv_out.bias"], wired.mels.mean((0, 2)))
-    assert (start["dit.blocks.0.attention.gate"] == 0.5).all()      # initialize was called
+    for seed in (3, 4):
+        first = new_model("toy", "bytes", seed, wired.run.data.some_mels(3))
+        assert same(start, first.state_dict()) == (seed == 3)
     mel = 1.7 * torch.randn(8, 80, 64, generator=rng()) - 3
     vae, band = model.vae, mel.mean((0, 2))
     initialize(model, band)
@@ -357,9 +385,11 @@ def test_a_fork_brings_its_own_functions(wired, tmp_path):
     with opened(*flags, "--stage", "rf2") as run:
         pairs = train.couplings(run, run.load("rf1"), "rf2", sampler, nearer)
         z0, z1 = torch.tensor(pairs.latents).unbind(1)
-        torch.testing.assert_close(z0, wired.scale * wired.mean[run.data.some(6, 0)] + 2)
+        torch.testing.assert_close(z0, wired.scale * wired.mean[run.data.some(6, 3)] + 2)
         assert torch.equal(z1, z0 + 3)
+        run.spent = 1000.0                              # on the couplings
         train.train_rf2(run, run.load("rf1"), pairs, density, loss, nearer)
+        assert run.notes("rf2")["seconds"] > 1000
     with opened(*flags) as run, pytest.raises(InputError, match="functions was"):
         train.main(run)                                 # the method's own: another 1-RF
 
@@ -374,6 +404,7 @@ def test_a_run_goes_on_wherever_it_is_and_refuses_other_settings(tmp_path, monke
     assert done.returncode == 0, done.stderr
     assert len(json.loads((there / "out/results.json").read_text())["rows"]) == 13
     assert_page_is_whole(there / "out/listen/index.html", 6 * 13)
+    assert (there / "out/loss.png").exists()
     for stage in STAGES:
         assert FlashAudio.from_pretrained(there / "out" / stage).config.stage == stage
         assert len(list((there / "out" / stage).glob("tone-number-*.wav"))) == 2
@@ -452,10 +483,10 @@ def test_two_processes_train_like_one(wired, tmp_path):
     for stage, part in (("vae", "vae"), ("cfm", "dit"), ("cfm", "text")):
         ours = FlashAudio.from_pretrained(tmp_path / "out" / stage)
         assert apart(ours, wired, stage, part) < 0.05
+        assert losses(tmp_path / "out", stage) == pytest.approx(losses(wired.out, stage), rel=0.01)
     pairs = np.load(next((tmp_path / "out/cache").glob("couplings_distill-*.npy")))
     assert np.array_equal(pairs[:, 0], wired.made["distill"].pairs.latents[:, 0])
     assert pairs[:, 1].any((1, 2)).all()                # each was made by one of them
-    assert len((tmp_path / "out/metrics.jsonl").read_text().splitlines()) == 10
 
 
 def test_what_is_not_trained_may_lie_on_another_device(tmp_path, monkeypatch):
@@ -482,6 +513,7 @@ def test_gradient_accumulation_gives_the_same_weights_and_couplings(wired, tmp_p
     flags = [*copied(wired, tmp_path, "vae"), "--grad_accum", parts]
     with opened(*flags, "--stage", "cfm") as run:
         assert apart(train.train_cfm(run, run.load("vae")), wired, "cfm", "dit") < 0.02
+    assert losses(tmp_path, "cfm") == pytest.approx(losses(wired.out, "cfm"), rel=0.01)
     next((tmp_path / "cache").glob("couplings_rf2-*.npy")).unlink()
     with opened(*flags, "--stage", "rf2") as run:
         pairs = train.couplings(run, wired.models["rf1"], "rf2")
@@ -596,9 +628,12 @@ def test_training_with_a_frozen_text_model(tmp_path):
     model = FlashAudio.from_pretrained(tmp_path / "out/distill")
     assert model.config.text.encoder == str(source) and model.config.dit.context_dim == 16
     contexts = np.load(next((tmp_path / "out/cache").glob("contexts-*.npy")))
-    assert contexts.dtype == np.float16 and contexts.shape == (5, 77, 16)
-    null = torch.from_numpy(contexts[:1]).float()
-    torch.testing.assert_close(null, model.text([""]), atol=2e-3, rtol=2e-3)    # halves
+    with opened(*flags, "--text", source, "--caption_dropout", 0) as run:
+        draw, parts = train.clip_batches(run, "cfm", model, fa.uniform)
+        captions = [run.data.captions[i] for i in batch_indices(4, 4, 0, 0)]
+    text = torch.cat([torch.from_numpy(contexts[:1]).float(), draw(0)[3]])
+    torch.testing.assert_close(text, model.text(["", *captions]), atol=2e-3, rtol=2e-3)  # halves
+    assert parts == ("dit",) and contexts.dtype == np.float16 and contexts.shape == (5, 77, 16)
 
 
 def test_an_evening_from_esc50_to_one_step(tmp_path, monkeypatch):
