@@ -249,7 +249,8 @@ FLAGS = train.Flags(batch_size=10, cfm_steps=7, rf1_steps=5, rf2_steps=3, distil
 def test_compute_is_what_a_count_by_hand_says():
     assert shared.chain_cost(FLAGS, "cfm") == 7 * 30
     assert shared.chain_cost(FLAGS, "rf1") == 12 * 30
-    anchored = 11 * 4 * (1 + 1 + 2 * 2 + 1)     # path, v_c, two forwards and backwards, the last
+    # The path, v_c (at z0 the path's), two forwards and backwards, the last forward
+    anchored = 11 * (4 * (1 + 1 + 2 * 2 + 1) - 1)
     assert shared.chain_cost(FLAGS, "rf2") == 15 * 30 + anchored
     assert shared.chain_cost(FLAGS) == 17 * 30 + anchored + 13 * 6
     assert shared.after_cfm(FLAGS) == 10 * 30 + anchored + 13 * 6

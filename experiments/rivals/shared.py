@@ -24,14 +24,15 @@ def coupling_cost(flags: train.Flags, stage: str) -> int:
 
     An anchored step is the unguided path's forward, that of the caption, and at most
     `rf2_anchor_steps` forwards and backwards (to ∅ alone: as much as a forward) of ∅ with one more
-    forward. Samples near enough to the path stop earlier: this is the most that it may be.
+    forward; at z0 the caption's is the path's. Samples near enough to the path stop earlier: this
+    is the most that it may be.
     """
     guidance = getattr(flags, f"{stage}_guidance")
-    cost = 1 if guidance == 1 else 2
+    steps = getattr(flags, f"{stage}_coupling_steps")
+    cost = steps if guidance == 1 else 2 * steps
     if guidance != 1 and flags.rf2_anchor_steps:
-        cost = 3 + 2 * flags.rf2_anchor_steps
-    pairs = getattr(flags, f"{stage}_couplings")
-    return pairs * getattr(flags, f"{stage}_coupling_steps") * cost
+        cost = steps * (3 + 2 * flags.rf2_anchor_steps) - 1
+    return cost * getattr(flags, f"{stage}_couplings")
 
 
 def chain_cost(flags: train.Flags, last: str = "distill") -> int:
