@@ -464,7 +464,7 @@ def test_six_kills_lose_nothing(wired, tmp_path):
         assert same(ours.state_dict(), wired.models[stage].state_dict()), (stage, codes)
 
 
-def test_two_processes_train_like_one(wired, tmp_path):
+def test_two_processes_train_like_one(wired, tmp_path, monkeypatch):
     """To rounding: see the next test. The 1-RF pairs each process's part of a batch by itself."""
     script = tmp_path / "tiny.py"
     judged = tmp_path / "judged"
@@ -487,6 +487,8 @@ def test_two_processes_train_like_one(wired, tmp_path):
     pairs = np.load(next((tmp_path / "out/cache").glob("couplings_distill-*.npy")))
     assert np.array_equal(pairs[:, 0], wired.made["distill"].pairs.latents[:, 0])
     assert pairs[:, 1].any((1, 2)).all()                # each was made by one of them
+    monkeypatch.setattr("runs.run.rank_and_world", lambda: (1, 2))
+    assert wired.run.share(torch.arange(6))[0].tolist() == [1, 3, 5]
 
 
 def test_what_is_not_trained_may_lie_on_another_device(tmp_path, monkeypatch):
