@@ -301,7 +301,7 @@ def test_a_comparison_trains_within_its_budget_and_goes_on(quick, monkeypatch, c
 
     monkeypatch.setattr(train, "fit", noted)
     rows = runner.compare(quick, 2)
-    after = 3 * 2 * 12 + 4 * 2 * 5 + 4 * 2
+    after = 3 * 2 * 12 + 4 * (2 * 5 - 1) + 4 * 2
     assert shared.after_cfm(quick) == after
     assert taken["diffusion"] == ((after + 24) // 12, diffusion.LR, ("text", "dit"))
     assert taken["consistency"] == (after // 24, consistency.LR, ("dit",))
