@@ -82,7 +82,7 @@ EVENING = dict(
     text="google/flan-t5-base", batch_size=128, lr=3e-4, warmup=1000, ema=0.999,
     vae_steps=30_000, vae_lr=3e-4, vae_frames=128, cfm_steps=45_000, rf1_steps=10_000, rf1_lr=1e-4,
     rf2_couplings=30_000, rf2_coupling_steps=16, rf2_steps=20_000, distill_couplings=40_000,
-    distill_steps=15_000, eval_clips=400, save_every=300.0, judge=JUDGES)
+    distill_coupling_steps=8, distill_steps=15_000, eval_clips=400, save_every=300.0, judge=JUDGES)
 # The paper gives batch, learning rate and steps of the 1-RF (§4.1) and has --init (§3.2); rest ours
 PAPER = dict(
     batch_size=64, grad_accum=4, lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999,
