@@ -223,17 +223,27 @@ def ablate(run: Run, seeds: int, text: str = "") -> None:
     print_tables(tables, claims)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("experiments.ablate", description=__doc__,
+def new_parser(name: str, text: str, out: str) -> argparse.ArgumentParser:
+    """With what every experiment over seeds is asked; `flags_of` makes flags of it."""
+    parser = argparse.ArgumentParser(name, description=text,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="seeds, from 0 on [5]")
     parser.add_argument("--short", action="store_true", help="a quarter of the training, to try it")
-    parser.add_argument("--rows", default="", help="only rows with this in table and name")
-    parser.add_argument("--out", default="out/ablation", help="folder [out/ablation]")
+    parser.add_argument("--out", default=out, help=f"folder [{out}]")
     parser.add_argument("--data", default="toy", help="manifest of a toy set [its own]")
-    given = parser.parse_args(argv)
+    return parser
+
+
+def flags_of(given: argparse.Namespace) -> train.Flags:
     changes = SHORT if given.short else {}
-    with train.open_run(train.Flags(out=given.out, data=given.data, **changes)) as run:
+    return train.Flags(out=given.out, data=given.data, **changes)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = new_parser("experiments.ablate", __doc__, "out/ablation")
+    parser.add_argument("--rows", default="", help="only rows with this in table and name")
+    given = parser.parse_args(argv)
+    with train.open_run(flags_of(given)) as run:
         ablate(run, given.seeds, given.rows)
 
 

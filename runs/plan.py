@@ -87,21 +87,23 @@ def plan(flags) -> list[Row]:
         if stage in ("rf2", "distill"):
             batches = math.ceil(getattr(flags, f"{stage}_couplings") / part)
             memory = 4 * whole + SAVED * kept
-            rows.append(Row(f"{stage} pairs", 0, pairing(flags, stage, forward), batches, memory))
+            flop = forward * evaluations(flags, stage) * getattr(flags, f"{stage}_coupling_steps")
+            rows.append(Row(f"{stage} pairs", 0, flop, batches, memory))
         flop = (forward + backward) * flags.batch_size / part
         memory = STATE * trained + SAVED * kept
         rows.append(Row(stage, trained, flop, getattr(flags, f"{stage}_steps"), memory))
     return rows
 
 
-def pairing(flags, stage: str, forward: int) -> float:
-    """Operations for a batch of couplings; with anchored optimisation, at most."""
-    evaluations = 1
-    if getattr(flags, f"{stage}_guidance") != 1.0:
-        evaluations = 2
-        if flags.rf2_anchor_steps:      # the unguided path, v(z, t, c), v(z, t, ∅); each iteration
-            evaluations = 3 + 2 * flags.rf2_anchor_steps    # v(z, t, ∅) again, and its gradient
-    return evaluations * forward * getattr(flags, f"{stage}_coupling_steps")
+def evaluations(flags, stage: str) -> int:
+    """Forwards that a step of the stage's couplings takes; with anchored optimisation, at most."""
+    if getattr(flags, f"{stage}_guidance") == 1.0:
+        return 1
+    if flags.rf2_anchor_steps == 0:
+        return 2
+    # The unguided path, v(z, t, c), v(z, t, ∅); each iteration v(z, t, ∅) again, and its gradient,
+    # which is to ∅ alone and takes as much as a forward
+    return 3 + 2 * flags.rf2_anchor_steps
 
 
 def print_plan(flags) -> None:

@@ -9,7 +9,6 @@ on, and a rival whose settings have changed is trained in a new folder.
     python -m experiments.rivals --tune meanflow    its settings compared on validation clips
 """
 
-import argparse
 import json
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -25,7 +24,7 @@ from data import toy
 from data.clips import Clips
 from evaluation import evaluate
 from evaluation.judges import is_toy
-from experiments.ablate import SHORT, Row, train_row
+from experiments.ablate import Row, flags_of, new_parser, train_row
 from experiments.rivals import consistency, diffusion, direct, meanflow
 from experiments.rivals.shared import after_cfm, chain_cost
 from experiments.tables import plus_minus, summary
@@ -165,18 +164,13 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("experiments.rivals", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5, help="seeds, from 0 on [5]")
-    parser.add_argument("--out", default="out/rivals", help="folder [out/rivals]")
-    parser.add_argument("--data", default="toy", help="manifest of a toy set [its own]")
-    parser.add_argument("--short", action="store_true", help="a quarter of the training, to try it")
+    parser = new_parser("experiments.rivals", __doc__, "out/rivals")
     parser.add_argument("--tune", choices=RIVALS, help="compare settings of this rival instead")
     parser.add_argument("--seed", type=int, default=0, help="of --tune [0]")
     parser.add_argument("--share", type=float, default=SHARE,
                         help=f"of the training, in --tune [{SHARE}]")
     given = parser.parse_args(argv)
-    flags = train.Flags(out=given.out, data=given.data, **(SHORT if given.short else {}))
+    flags = flags_of(given)
     if given.tune is None:
         return print_table(compare(flags, given.seeds))
     flags = replace(flags, seed=given.seed, out=str(Path(given.out) / f"seed{given.seed}"))

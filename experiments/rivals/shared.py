@@ -14,6 +14,7 @@ from torch import Tensor
 import flashaudio as fa
 import train
 from flashaudio import FlashAudio
+from runs.plan import evaluations
 from runs.run import Run
 
 TRAINING = 3            # forward and backward
@@ -22,17 +23,13 @@ TRAINING = 3            # forward and backward
 def coupling_cost(flags: train.Flags, stage: str) -> int:
     """Forwards that the couplings of rf2 or distill take.
 
-    An anchored step is the unguided path's forward, that of the caption, and at most
-    `rf2_anchor_steps` forwards and backwards (to ∅ alone: as much as a forward) of ∅ with one more
-    forward; at z0 the caption's is the path's. Samples near enough to the path stop earlier: this
-    is the most that it may be.
+    Anchored samples that are near enough to the path stop earlier: this is the most that it may be.
     """
-    guidance = getattr(flags, f"{stage}_guidance")
-    steps = getattr(flags, f"{stage}_coupling_steps")
-    cost = steps if guidance == 1 else 2 * steps
-    if guidance != 1 and flags.rf2_anchor_steps:
-        cost = steps * (3 + 2 * flags.rf2_anchor_steps) - 1
-    return cost * getattr(flags, f"{stage}_couplings")
+    each = evaluations(flags, stage)
+    forwards = each * getattr(flags, f"{stage}_coupling_steps")
+    if each > 2:
+        forwards -= 1                               # anchored: at z0 the caption's is the path's
+    return forwards * getattr(flags, f"{stage}_couplings")
 
 
 def chain_cost(flags: train.Flags, last: str = "distill") -> int:
