@@ -112,7 +112,7 @@ from torch import Tensor
 
 import flashaudio as fa
 from data import toy
-from data.clips import Clips, batch_indices
+from data.clips import Clips, Couplings, batch_indices
 from evaluation.evaluate import evaluate
 from evaluation.judges import check_judge
 from evaluation.listen import draw_losses, hear
@@ -310,18 +310,6 @@ def train_rf1(run: Run, model: FlashAudio, pair: Pairing = fa.immiscible_pairing
 
 # ---- Stages rf2 and distill: on the couplings of the model before, with frozen contexts ----------
 
-@dataclass
-class Couplings:
-    """(noise, sample) pairs and their contexts."""
-    latents: np.ndarray                             # (n, 2, C, L)
-    contexts: np.ndarray                            # (U, N, D), that of "" first
-    place: np.ndarray                               # (n,): where the context of each pair is
-    key: str                                        # digest of what they were made from
-
-    def ends(self, rows: np.ndarray, _: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(self.latents[rows]).unbind(1)
-
-
 def couplings(run: Run, model: FlashAudio, stage: str,
               sampler: Callable[..., Tensor] = fa.make_couplings,
               pair: Pairing | None = None) -> Couplings | None:
@@ -332,7 +320,6 @@ def couplings(run: Run, model: FlashAudio, stage: str,
     flags, data = run.flags, run.data
     if flags.stage not in ("all", stage):
         return None
-    began = time.time()
     contexts, place = data.contexts(model)
     clips = data.some(getattr(flags, f"{stage}_couplings"), flags.seed)     # whose caption each has
     size = max(1, flags.batch_size // flags.grad_accum)
@@ -361,11 +348,16 @@ def couplings(run: Run, model: FlashAudio, stage: str,
 
     names = names_of(sampler, pair)
     key = digest(model, data.key, flags.seed, len(clips), steps, guidance, anchoring, names)
-    shape = (len(clips), 2, *model.latent_shape())
-    latents = cached(data.cache / f"couplings_{stage}-{key}.npy", shape, fill)
-    run.spent = time.time() - began
-    print(f"{stage}: {len(latents)} couplings in {run.spent:.0f} s")
-    return Couplings(latents, contexts, place[clips], key)
+
+    def make() -> np.ndarray:
+        began = time.time()
+        shape = (len(clips), 2, *model.latent_shape())
+        latents = cached(data.cache / f"couplings_{stage}-{key}.npy", shape, fill)
+        run.spent = time.time() - began
+        print(f"{stage}: {len(latents)} couplings in {run.spent:.0f} s")
+        return latents
+
+    return Couplings(make, contexts, place[clips], key)
 
 
 def train_rf2(run: Run, model: FlashAudio, pairs: Couplings,
@@ -387,9 +379,10 @@ def distill(run: Run, model: FlashAudio, pairs: Couplings,
     flags = run.flags
     if run.done("distill", pairs, loss):
         return run.load("distill")
+    count = len(pairs.latents)
 
     def draw(step: int) -> list[Tensor]:
-        rows = batch_indices(len(pairs.latents), flags.batch_size, step, flags.seed)
+        rows = batch_indices(count, flags.batch_size, step, flags.seed)
         z0, z1 = pairs.ends(rows)
         return run.share(z0, z1, torch.from_numpy(pairs.contexts[pairs.place[rows]]))
 

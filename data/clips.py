@@ -10,8 +10,8 @@ import mmap
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Callable
 
@@ -334,3 +334,20 @@ class Clips:
         dtype = np.float32 if model.text.trained else np.float16    # large encoders: gigabytes
         contexts = cached(self.cache / f"contexts-{key}.npy", shape, fill, dtype)
         return contexts, np.array([places[caption] for caption in self.captions])
+
+
+@dataclass
+class Couplings:
+    """(noise, sample) pairs, made when they are first looked at, and their contexts."""
+    make: Callable[[], np.ndarray]                  # -> latents
+    contexts: np.ndarray                            # (U, N, D), that of "" first
+    place: np.ndarray                               # (n,): where the context of each pair is
+    key: str                                        # digest of what they are made from
+
+    @cached_property
+    def latents(self) -> np.ndarray:
+        """(n, 2, C, L)."""
+        return self.make()
+
+    def ends(self, rows: np.ndarray, _: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self.latents[rows]).unbind(1)

@@ -1,14 +1,14 @@
 """The claims of the paper one by one, over several seeds:  python -m experiments.ablate
 
 Each row of `plan` is train.py's recipe with a flag, or a function that a stage is given, changed.
-A stage is trained once for all rows that agree in what it depends on, and a row that is a file in
-<out>/rows was measured: the same command goes on. Judged by mels, before the vocoder.
+A stage is trained once for all rows that agree in what it depends on; <out>/seed<n> may be a run of
+train.py, and a row that is a file in <out>/rows was measured: the same command goes on. Judged by
+mels, before the vocoder.
 """
 
 import argparse
 import json
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Callable
 
@@ -20,8 +20,9 @@ import flashaudio as fa
 import train
 from data import toy
 from data.clips import Clips, load_audio
+from evaluation.evaluate import hardware
 from evaluation.judges import ToyJudge, is_toy
-from experiments.pairings import cfg_zero_sample, knn_pairing, variant
+from experiments.pairings import squared_pairing, train_rf1_over, variant
 from experiments.tables import judge_claims, print_tables, summary
 from flashaudio import FlashAudio, InputError
 from runs.cache import bar, digest, write_atomically
@@ -38,58 +39,55 @@ class Row:
     name: str
     stage: str                                          # the one that is measured
     flags: dict = field(default_factory=dict)
-    rf1: dict = field(default_factory=dict)             # arguments of train.train_rf1
-    couplings: dict = field(default_factory=dict)       # of train.couplings for the 2-RF
+    rf1: dict = field(default_factory=dict)             # arguments of train_rf1, or _rf1_over
     rf2: dict = field(default_factory=dict)             # of train.train_rf2
     from_cfm: bool = True                               # or the 1-RF starts from an untrained flow
 
 
 def plan() -> list[Row]:
     """The rows; those with the same couplings in a row, as only the last are kept on disk."""
-    paired = {"pair": fa.immiscible_pairing}
     unpaired = {"pair": None}
     uniform = {"density": fa.uniform}
-    rows = [Row("Table 2", "1-RF full", "rf1"),
-            Row("Table 2", "1-RF uniform t", "rf1", rf1=uniform),
-            Row("Table 2", "1-RF not from CFM", "rf1", from_cfm=False),
-            Row("Table 2", "1-RF no pairing", "rf1", rf1=unpaired),
-            Row("Table 6", "1-RF μ = 0", "rf1")]
+    rows = [Row("Fig. 2, 3", stage, stage) for stage in ("cfm", "rf1", "rf2", "distill")]
+    rows += [Row("Table 2", "1-RF full", "rf1"),
+             Row("Table 2", "1-RF uniform t", "rf1", rf1=uniform),
+             Row("Table 2", "1-RF not from CFM", "rf1", from_cfm=False),
+             Row("Table 2", "1-RF no pairing", "rf1", rf1=unpaired),
+             Row("Table 6", "1-RF μ = 0", "rf1")]
     for mean in (-0.5, 0.5):
         density = variant(fa.logit_normal, mean=mean)
         rows.append(Row("Table 6", f"1-RF μ = {mean}", "rf1", rf1={"density": density}))
-    rows += [Row("Pairing", "1-RF none", "rf1", rf1=unpaired),
-             Row("Pairing", "1-RF immiscible", "rf1", rf1=paired),
-             Row("Pairing", "1-RF knn", "rf1", rf1={"pair": knn_pairing}),
+    wide = {"over": 256, "pair": squared_pairing}
+    rows += [Row("Pairing", "none", "rf1", rf1=unpaired),
+             Row("Pairing", "over 16", "rf1"),
+             Row("Pairing", "over 64", "rf1", rf1={"over": 64}),
+             Row("Pairing", "over 256", "rf1", rf1={"over": 256}),
+             Row("Pairing", "over 256, squared", "rf1", rf1=wide),
              Row("Table 2", "2-RF full", "rf2"),
              Row("Table 2", "2-RF uniform t", "rf2", rf2=uniform),
-             Row("Table 2", "2-RF literal re-pairing", "rf2", rf2=paired),
-             Row("Table 6", "2-RF a = 4", "rf2")]
-    for a in (1.0, 2.0, 3.0):
-        density = variant(fa.mix_exp, a=a)
-        rows.append(Row("Table 6", f"2-RF a = {a:g}", "rf2", rf2={"density": density}))
-    rows += [Row("Eq. 13", f"couplings at ω = {guidance:g}", "distill",
-                 {"distill_guidance": guidance}) for guidance in (3.0, 1.0)]
-    rows += [Row("Fig. 2, 3", stage, stage) for stage in ("cfm", "rf1", "rf2", "distill")]
-    iterations = {3.0: (1, 0, 3, 10), 1.0: (0,), 2.0: (1, 0), 5.0: (1, 0)}
-    for guidance, counts in iterations.items():
-        for n in counts:
-            name = f"ω = {guidance:g}, " + (f"anchored, {n}" if n else "plain")
-            flags = {"rf2_guidance": guidance, "rf2_anchor_steps": n}
-            rows.append(Row("Fig. 4", name, "rf2", flags))
-        if guidance > 1:
-            rows.append(Row("Fig. 4", f"ω = {guidance:g}, CFG-Zero*", "rf2",
-                            {"rf2_guidance": guidance}, couplings={"sampler": cfg_zero_sample}))
-    return [*rows, Row("Table 2", "2-RF paired before the ODE", "rf2", couplings=paired),
-            Row("Table 2", "2-RF from 1-RF without pairing", "rf2", rf1=unpaired)]
+             Row("Table 2", "2-RF literal re-pairing", "rf2", rf2={"pair": fa.immiscible_pairing}),
+             Row("Table 6", "2-RF a = 4", "rf2"),
+             Row("Table 6", "2-RF a = 1", "rf2", rf2={"density": variant(fa.mix_exp, a=1.0)}),
+             Row("Fig. 4", "anchored, ω = 3", "rf2"),
+             Row("Fig. 4", "plain, ω = 3", "rf2", {"rf2_anchor_steps": 0}),
+             Row("Table 2", "2-RF from 1-RF without pairing", "rf2", rf1=unpaired)]
+    return rows + [Row("Eq. 13", f"couplings at ω = {guidance:g}", "distill",
+                       {"distill_guidance": guidance}) for guidance in (1.0, 3.0)]
 
 
 @dataclass
 class SharedRun(Run):
-    """A run whose stages lie in folders named by what they depend on, logs beside the model."""
+    """A run whose stages lie in folders named by what they depend on, with their logs.
+
+    One that train.py has trained in the same way in <out>/<stage> is taken from there.
+    """
     names: dict[str, str] = field(default_factory=dict)     # of the folders
 
     def done(self, stage: str, start=None, *functions: Callable | None) -> bool:
-        self.names[stage] = f"{stage}-{digest(self.settings(stage, start, functions))}"
+        settings = self.settings(stage, start, functions)
+        self.names[stage] = stage
+        if self.notes(stage).get("settings") != settings:
+            self.names[stage] = f"{stage}-{digest(settings)}"
         return super().done(stage, start, *functions)
 
     def folder(self, stage: str) -> Path:
@@ -106,9 +104,10 @@ def train_row(run: SharedRun, row: Row) -> None:
     if row.from_cfm:
         model = train.train_cfm(run, model)
     if row.stage != "cfm":
-        model = train.train_rf1(run, model, **row.rf1)
+        train_rf1 = train_rf1_over if "over" in row.rf1 else train.train_rf1
+        model = train_rf1(run, model, **row.rf1)
     if row.stage in ("rf2", "distill"):
-        pairs = train.couplings(run, model, "rf2", **row.couplings)
+        pairs = train.couplings(run, model, "rf2")
         model = train.train_rf2(run, model, pairs, **row.rf2)
     if row.stage == "distill":
         train.distill(run, model, train.couplings(run, model, "distill"))
@@ -142,6 +141,11 @@ def measure(run: SharedRun, judge: Judge, row: Row) -> dict:
         steps = (1, 2, 4, 8, 16, 24)
     z0 = model.noise([""] * len(judge.captions), 0, model.latent_shape())       # (N, C, L)
     found = {}
+    if row.table == "Pairing":
+        for omega in (1.0, 2.0, 3.0, 5.0):
+            found |= judge(model, model.sample_latents(judge.captions, 24, omega, z0=z0),
+                           f"ω = {omega:g}")
+        return found | distance_saved(run, model, row)
     for n in steps:
         found |= judge(model, model.sample_latents(judge.captions, n, z0=z0), f"{n} steps")
     if row.table == "Fig. 2, 3":
@@ -150,21 +154,19 @@ def measure(run: SharedRun, judge: Judge, row: Row) -> dict:
         way = (paths[-1] - paths[0]).flatten(1).pow(2).sum(1).mean().item()
         found["relative straightness"] = found["straightness"] / way
     if row.table == "Fig. 4":
-        found |= measure_couplings(run, judge, row, z0)
-    if row.table == "Pairing":
-        found |= measure_pairing(run, model, row.rf1["pair"])
+        found |= measure_couplings(run, judge, z0)
     return found
 
 
-def measure_couplings(run: SharedRun, judge: Judge, row: Row, z0: Tensor) -> dict:
+def measure_couplings(run: SharedRun, judge: Judge, z0: Tensor) -> dict:
     """What the 1-RF makes of the held-out captions under guidance: its quality, its distance to the
     unguided path, and the guidance that is left, |v - v_c| / |v_c - v_∅|."""
     flags, model = run.flags, run.load("rf1").requires_grad_(False)
     context, n = model.contexts(judge.captions), flags.rf2_coupling_steps
     null = model.contexts([""]).expand_as(context)
-    sampler = row.couplings.get("sampler", fa.make_couplings)
-    path = sampler(model, z0, context, null, n, flags.rf2_guidance, flags.rf2_anchor_steps,
-                   flags.rf2_anchor_lr, flags.rf2_anchor_tol, return_trajectory=True)
+    path = fa.make_couplings(model, z0, context, null, n, flags.rf2_guidance,
+                             flags.rf2_anchor_steps, flags.rf2_anchor_lr, flags.rf2_anchor_tol,
+                             return_trajectory=True)
     unguided = fa.euler_sample(model, z0, context, steps=n)
     effective = []
     for k, v in enumerate(path.diff(dim=0) * n):
@@ -175,61 +177,64 @@ def measure_couplings(run: SharedRun, judge: Judge, row: Row, z0: Tensor) -> dic
             "residual": (path[-1] - unguided).pow(2).mean().item()}
 
 
-def measure_pairing(run: SharedRun, model: FlashAudio, pair: train.Pairing | None) -> dict:
-    """What a pairing does to 2000 batches: distance saved (%), share of noises that stay with their
-    clip, and skew of p(z0 | c): 1 where noise tells nothing of the caption."""
+def distance_saved(run: SharedRun, model: FlashAudio, row: Row) -> dict:
+    """Share of the mean distance between noise and clip that a pairing takes away, in percent."""
     data, generator = run.data, torch.Generator().manual_seed(0)
     latents, scale = data.latents(model), model.scale_factor.cpu()
-    before, after, fixed, noises = [], [], [], {}
-    for _ in range(2000):
+    pair = row.rf1.get("pair", fa.immiscible_pairing)
+    before, after = 0.0, 0.0
+    for _ in range(40):
         order = torch.randperm(len(data.train), generator=generator)
-        rows = data.train[order[:run.flags.batch_size].numpy()]
+        rows = data.train[order[:row.rf1.get("over", run.flags.batch_size)].numpy()]
         z1 = scale * torch.from_numpy(latents[data.file[rows], 0])
         z0 = torch.randn(z1.shape, generator=generator)
         paired = pair(z0, z1) if pair else z0
-        before.append((z1 - z0).flatten(1).norm(dim=1).mean().item())
-        after.append((z1 - paired).flatten(1).norm(dim=1).mean().item())
-        fixed.append((paired == z0).flatten(1).all(1).float().mean().item())
-        for i, noise in zip(rows, paired):
-            noises.setdefault(toy.scene_index(data.rows[i]["scene"]), []).append(noise)
-    groups = [torch.stack(group) for group in noises.values() if len(group) > 1]
-    skew = [len(group) * group.mean(0).pow(2).mean().item() for group in groups]
-    return {"distance saved": 100 * (1 - np.mean(after) / np.mean(before)),
-            "fixed": float(np.mean(fixed)), "skew": float(np.mean(skew))}
+        before += (z1 - z0).flatten(1).norm(dim=1).mean().item()
+        after += (z1 - paired).flatten(1).norm(dim=1).mean().item()
+    return {"distance saved": 100 * (1 - after / before)}
 
 
-def ablate(run: Run, seeds: int, text: str = "") -> None:
+def ablate(flags: train.Flags, seeds: int, text: str = "") -> None:
     """Train and measure every row with `text` in its name for every seed; print the tables."""
+    out, measured = Path(flags.out), []
     chosen = [row for row in plan() if text in f"{row.table} {row.name}"]
     if not chosen:
         raise InputError(f"--rows '{text}': no row has that in its name; '2-RF full' is one")
-    judge, measured = Judge(run.data, run.flags.eval_clips), []
-    (run.out / "rows").mkdir(exist_ok=True)
-    for seed, row in bar(list(product(range(seeds), chosen)), "ablate"):
-        flags = replace(run.flags, seed=seed, **row.flags)
-        held = json.loads(json.dumps(asdict(row), default=lambda f: f.__qualname__))
-        depends = {name: value for name, value in asdict(flags).items() if name not in WHERE}
-        key = digest(held, depends, flags.eval_clips, run.data.key)
-        file = run.out / "rows" / f"{key}.json"
-        if not file.exists():
-            shared = SharedRun(flags, run.data, run.device, run.vocoder)
-            train_row(shared, row)
-            held |= {"seed": seed, "figures": measure(shared, judge, row), "folders": shared.names}
-            write_atomically(file, json.dumps(held, indent=1).encode())
-        measured.append(json.loads(file.read_text()))
+    (out / "rows").mkdir(parents=True, exist_ok=True)
+    for seed in range(seeds):
+        with train.open_run(replace(flags, seed=seed, out=str(out / f"seed{seed}"))) as run:
+            judge = Judge(run.data, flags.eval_clips)
+            for row in bar(chosen, f"seed {seed}"):
+                measured.append(measured_row(run, judge, row, out / "rows"))
     tables, claims = summary(measured), judge_claims(measured)
-    written = {"tables": tables, "claims": claims, "rows": measured, "flags": asdict(run.flags)}
-    write_atomically(run.out / "ablation.json", json.dumps(written, indent=1).encode())
+    written = {"tables": tables, "claims": claims, "rows": measured, "flags": asdict(flags),
+               "hardware": hardware(run.device)}
+    write_atomically(out / "ablation.json", json.dumps(written, indent=1).encode())
     print_tables(tables, claims)
 
 
-def new_parser(name: str, text: str, out: str) -> argparse.ArgumentParser:
+def measured_row(run: Run, judge: Judge, row: Row, folder: Path) -> dict:
+    """The row with its figures, trained and measured unless it is in the folder."""
+    flags = replace(run.flags, **row.flags)
+    held = json.loads(json.dumps(asdict(row), default=lambda f: f.__qualname__))
+    depends = {name: value for name, value in asdict(flags).items() if name not in WHERE}
+    file = folder / f"{digest(held, depends, flags.eval_clips, run.data.key)}.json"
+    if not file.exists():
+        shared = SharedRun(flags, run.data, run.device, run.vocoder)
+        train_row(shared, row)
+        held |= {"seed": flags.seed, "figures": measure(shared, judge, row),
+                 "folders": shared.names}
+        write_atomically(file, json.dumps(held, indent=1).encode())
+    return json.loads(file.read_text())
+
+
+def new_parser(name: str, text: str) -> argparse.ArgumentParser:
     """With what every experiment over seeds is asked; `flags_of` makes flags of it."""
     parser = argparse.ArgumentParser(name, description=text,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="seeds, from 0 on [5]")
     parser.add_argument("--short", action="store_true", help="a quarter of the training, to try it")
-    parser.add_argument("--out", default=out, help=f"folder [{out}]")
+    parser.add_argument("--out", default="out/seeds", help="folder [out/seeds]")
     parser.add_argument("--data", default="toy", help="manifest of a toy set [its own]")
     return parser
 
@@ -240,11 +245,10 @@ def flags_of(given: argparse.Namespace) -> train.Flags:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = new_parser("experiments.ablate", __doc__, "out/ablation")
+    parser = new_parser("experiments.ablate", __doc__)
     parser.add_argument("--rows", default="", help="only rows with this in table and name")
     given = parser.parse_args(argv)
-    with train.open_run(flags_of(given)) as run:
-        ablate(run, given.seeds, given.rows)
+    ablate(flags_of(given), given.seeds, given.rows)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch.utils.benchmark import Timer
 import flashaudio as fa
 import train
 from data import toy
+from data.clips import Couplings
 from evaluation.evaluate import hardware
 from pretrained import vocoders
 from runs.plan import Row, plan
@@ -96,12 +97,13 @@ def training(flags: train.Flags, steps: int, folder: Path, whole: bool) -> list[
                      "loss": first["loss"], "to": last["loss"]})
         return model
 
-    def couplings(name: str, run: Run, model: fa.FlashAudio) -> train.Couplings:
+    def couplings(name: str, run: Run, model: fa.FlashAudio) -> Couplings:
         for n in (flags.batch_size, 2 * flags.batch_size):          # the first is compiled for
             setattr(few, f"{name}_couplings", n)
             pairs = train.couplings(run, model, name)
+            made = len(pairs.latents)
         part = flags.batch_size // flags.grad_accum
-        rows.append(measured(planned[f"{name} pairs"], run.spent * part / n, part, run.device))
+        rows.append(measured(planned[f"{name} pairs"], run.spent * part / made, part, run.device))
         return pairs
 
     with train.open_run(few) as run:

@@ -1,19 +1,25 @@
-"""What is not the paper's: a pairing, a sampler, densities, as functions handed to a stage.
+"""What is not the paper's: pairings, a sampler, densities, as functions handed to a stage.
 
     train.train_rf1(run, model, pair=knn_pairing, density=variant(fa.logit_normal, mean=-0.5))
     train.couplings(run, model, "rf2", sampler=cfg_zero_sample)
+    train_rf1_over(run, model, 256)
 
 A pairing sees latents alone: those that look at captions too (C²OT, ICCV 2025) are not among them.
 """
 
 import zlib
+from dataclasses import replace
+from functools import lru_cache
 from typing import Callable
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 import flashaudio as fa
-from flashaudio import Velocity
+import train
+from flashaudio import FlashAudio, Velocity
+from runs.run import Run
 
 
 def knn_pairing(z0: Tensor, z1: Tensor, k: int = 4) -> Tensor:
@@ -28,6 +34,40 @@ def knn_pairing(z0: Tensor, z1: Tensor, k: int = 4) -> Tensor:
     draws = torch.cat([z0[None], others.to(z0)])                                # (k, B, ...)
     nearest = (draws - z1).flatten(2).norm(dim=2).argmin(0)                     # (B,)
     return draws[nearest, torch.arange(len(z1), device=z1.device)]
+
+
+def squared_pairing(z0: Tensor, z1: Tensor) -> Tensor:
+    """immiscible_pairing with the least sum of squared distances: optimal transport of the batch.
+
+    z0, z1 (B, ...) -> the noise in the order of the data.
+    """
+    cost = -(z1.flatten(1) @ z0.flatten(1).T)       # |z1|² and |z0|² are the same in any order
+    _, column = linear_sum_assignment(cost.cpu().numpy())
+    return z0[column]
+
+
+def train_rf1_over(run: Run, model: FlashAudio, over: int,
+                   pair: train.Pairing = fa.immiscible_pairing) -> FlashAudio:
+    """train.train_rf1, its noise paired over the `over` clips of several steps at once.
+
+    They are drawn together and handed out step by step; `over` is a multiple of the batch size.
+    """
+    def wide_pairing(z0: Tensor, z1: Tensor) -> Tensor:
+        return pair(z0, z1)
+
+    wide_pairing.__qualname__ = f"{pair.__qualname__}(over {over})"     # what the stage is known by
+    size, density, loss = run.flags.batch_size, fa.logit_normal, fa.rectified_flow_loss
+    if run.done("rf1", model, wide_pairing, density, loss):
+        return run.load("rf1")
+    wide = replace(run, flags=replace(run.flags, batch_size=over))
+    draw_together, parts = train.clip_batches(wide, "rf1", model, density, pair)
+    drawn = lru_cache(1)(draw_together)
+
+    def draw(step: int) -> list[Tensor]:
+        place = step * size
+        return [x[place % over:place % over + size] for x in drawn(place // over)]
+
+    return train.fit(run, "rf1", model, parts, draw, loss, run.flags.rf1_steps, run.flags.rf1_lr)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -76,11 +77,12 @@ def test_a_claim_is_reproduced_only_where_its_interval_excludes_zero(capsys):
 
 
 def test_every_claim_names_rows_that_are_in_the_plan():
-    measured = dict.fromkeys(("straightness", "fd 1 steps", "fd 4 steps", "fd 24 steps"), 1.0)
+    names = ["straightness", *(f"fd {n} steps" for n in (1, 4, 24))]
+    measured = dict.fromkeys([*names, *(f"fd ω = {n}" for n in (1, 2, 3, 5))], 1.0)
     named = {(row.table, row.name) for row in ablate.plan()}
     found = [{"table": table, "name": name, "seed": 0, "figures": measured}
              for table, name in named]
-    assert len(named) == len(ablate.plan()) and len(tables.judge_claims(found)) == 22
+    assert len(named) == len(ablate.plan()) and len(tables.judge_claims(found)) == 28
 
 
 @pytest.fixture
@@ -97,36 +99,71 @@ def quick(tmp_path, monkeypatch) -> train.Flags:
 
 
 def test_ablations_share_stages_go_on_and_count_what_is_on_disk(quick, monkeypatch):
-    names = ("1-RF full", "1-RF uniform t", "1-RF not from CFM", "1-RF knn", "2-RF full",
-             "ω = 3, anchored, 1", "ω = 3, CFG-Zero*")
+    names = ("1-RF full", "1-RF uniform t", "1-RF not from CFM", "none", "over 16", "over 64",
+             "2-RF full", "anchored, ω = 3")
     plan = [row for row in ablate.plan() if row.name in names]
     monkeypatch.setattr(ablate, "plan", lambda: plan)
     out = Path(quick.out)
-    with train.open_run(quick) as run:
-        ablate.ablate(run, 2)
-    models = [path.parent.name.split("-")[0] for path in out.glob("*/model.safetensors")]
-    assert [models.count(stage) for stage in ("vae", "cfm", "rf1", "rf2")] == [2, 2, 8, 4]
+    with train.open_run(replace(quick, out=str(out / "seed0"))) as run:
+        train.main(run)                                 # of which the ablations take what they can
+    ablate.ablate(quick, 2)
+    for seed, folders in ((0, [1, 1, 5, 1]), (1, [1, 1, 5, 1])):
+        models = [path.parent.name.split("-")[0]
+                  for path in (out / f"seed{seed}").glob("*/model.safetensors")]
+        assert [models.count(stage) for stage in ("vae", "cfm", "rf1", "rf2")] == folders
     written = json.loads((out / "ablation.json").read_text())
     found = written["tables"]
-    assert len(written["rows"]) == 14 and found == tables.summary(written["rows"])
+    assert len(written["rows"]) == 16 and found == tables.summary(written["rows"])
     assert {name: list(table) for name, table in found.items()} == {
         "Table 2": ["1-RF full", "1-RF uniform t", "1-RF not from CFM", "2-RF full"],
-        "Pairing": ["1-RF knn"], "Fig. 4": ["ω = 3, anchored, 1", "ω = 3, CFG-Zero*"]}
-    guided, knn = found["Fig. 4"]["ω = 3, anchored, 1"], found["Pairing"]["1-RF knn"]
+        "Pairing": ["none", "over 16", "over 64"], "Fig. 4": ["anchored, ω = 3"]}
+    guided, wide = found["Fig. 4"]["anchored, ω = 3"], found["Pairing"]["over 64"]
     assert {"fd couplings", "residual", "effective guidance", "fd 4 steps"} < set(guided)
     assert guided["fd 1 steps"] == found["Table 2"]["2-RF full"]["fd 1 steps"]      # one model
-    assert knn["fixed"][0] < 0.5 and knn["distance saved"][0] > 0
+    assert {"fd ω = 1", "accuracy ω = 5"} < set(wide)
+    assert found["Pairing"]["none"]["distance saved"][0] == 0
+    assert 0 < found["Pairing"]["over 16"]["distance saved"][0] < wide["distance saved"][0]
 
     path = next(p for p in (out / "rows").iterdir() if '"1-RF full"' in p.read_text())
     changed = {**json.loads(path.read_text()), "figures": {"fd 24 steps": 3.0}}
     path.write_text(json.dumps(changed))
     monkeypatch.setattr(train, "fit", None)             # nothing is left to train
-    with train.open_run(replace(quick, save_every=1.0)) as run:
-        ablate.ablate(run, 2, "1-RF full")
-        with pytest.raises(InputError, match="no row"):
-            ablate.ablate(run, 1, "3-RF")
+    ablate.ablate(replace(quick, save_every=1.0), 2, "1-RF full")
+    with pytest.raises(InputError, match="no row"):
+        ablate.ablate(quick, 1, "3-RF")
     kept = json.loads((out / "ablation.json").read_text())["rows"]
     assert [row["seed"] for row in kept] == [0, 1] and changed in kept
+
+
+def test_noise_is_paired_over_several_steps_at_once(quick, monkeypatch):
+    """The steps of a group see its clips once each, with the noise of one assignment."""
+    paired, batches = [], []
+
+    def pair(z0, z1):
+        paired.append((fa.immiscible_pairing(z0, z1), z1))
+        return paired[-1][0]
+
+    def fit(run, stage, model, parts, draw, *rest):
+        batches.extend(draw(step) for step in (0, 1, 2))
+        return model
+
+    monkeypatch.setattr(train, "fit", fit)
+    with train.open_run(quick) as run:
+        model = fa.FlashAudio(fa.PRESETS["toy"])
+        pairings.train_rf1_over(run, model, 8, pair)
+    assert [len(z0) for z0, _ in paired] == [8, 8]      # twelve clips: two groups of two steps
+    z0, z1 = (torch.cat([batch[i] for batch in batches[:2]]) for i in (0, 1))
+    assert torch.equal(z0, paired[0][0]) and torch.equal(z1, paired[0][1])
+    assert torch.equal(batches[2][0], paired[1][0][:4])
+
+
+def test_squared_distances_are_paired_by_their_least_sum():
+    z0, z1 = torch.randn(2, 5, 3, 2, generator=rng())
+    cost = torch.cdist(z1.flatten(1), z0.flatten(1)) ** 2
+    least = min(sum(cost[i, j].item() for i, j in enumerate(order))
+                for order in permutations(range(5)))
+    paired = pairings.squared_pairing(z0, z1)
+    assert (paired - z1).pow(2).sum().item() == pytest.approx(least)
 
 
 def test_pictures_of_a_run_and_of_one_that_was_moved(quick, tmp_path):

@@ -306,7 +306,8 @@ def test_a_comparison_trains_within_its_budget_and_goes_on(quick, monkeypatch, c
     assert taken["diffusion"] == ((after + 24) // 12, diffusion.LR, ("text", "dit"))
     assert taken["consistency"] == (after // 24, consistency.LR, ("dit",))
     assert taken["meanflow"] == (after // 24, meanflow.LR, ("dit",))
-    assert taken["distill"] == ((after - 4 * 2 * 2) // 12, direct.LR, ("dit",))     # that of direct
+    # That of direct: half as many couplings
+    assert taken["distill"] == ((after - 2 * 2 * 2) // 12, direct.LR, ("dit",))
     out = Path(quick.out)
     held = json.loads((out / "rivals.json").read_text())
     assert held["rows"] == rows and len(rows) == 2 * 9 and held["table"] == tables.summary(rows)

@@ -164,7 +164,7 @@ def print_table(rows: list[dict]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = new_parser("experiments.rivals", __doc__, "out/rivals")
+    parser = new_parser("experiments.rivals", __doc__)
     parser.add_argument("--tune", choices=RIVALS, help="compare settings of this rival instead")
     parser.add_argument("--seed", type=int, default=0, help="of --tune [0]")
     parser.add_argument("--share", type=float, default=SHARE,

@@ -20,7 +20,7 @@ from runs.run import Run
 
 LR = 5e-4
 GUIDANCE = 3.0                      # of the teacher
-TRIED = ((2e-4, 5e-4, 1.5e-3), (2.0, 3.0))          # by --tune
+TRIED = ((2e-4, 5e-4), (2.0, 3.0))                  # by --tune
 SAMPLED = ((1, 1.0), (2, 1.0), (4, 1.0))            # steps, ω
 COST = TRAINING + 2 + 1             # forwards a clip: student, guided teacher, average
 TEACHER_STEPS = 50                  # of the path

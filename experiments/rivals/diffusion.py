@@ -19,7 +19,7 @@ from experiments.rivals.shared import TRAINING, Rival, affordable, chain_cost, c
 from flashaudio import Velocity
 from runs.run import Run
 
-LR = 1.5e-3                         # the CFM's
+LR = 7e-4
 GUIDANCE = 3.0                      # when sampling: training knows none
 TRIED = ((7e-4, 1.5e-3, 3e-3), (GUIDANCE,))                 # by --tune
 SAMPLED = ((25, 3.0), (25, 1.0), (100, 3.0), (100, 1.0), (200, 3.0), (200, 1.0))    # steps, ω

@@ -14,9 +14,9 @@ from experiments.rivals.shared import TRAINING, Rival, affordable, after_cfm, ba
 from flashaudio import Velocity
 from runs.run import Run
 
-LR = 5e-4
-GUIDANCE = 3.0                                      # in the target
-TRIED = ((2e-4, 5e-4, 1.5e-3), (2.0, 3.0))          # by --tune
+LR = 1.5e-3
+GUIDANCE = 2.0                                      # in the target
+TRIED = ((5e-4, 1.5e-3), (2.0, 3.0))                # by --tune
 SAMPLED = ((1, 1.0), (2, 1.0), (4, 1.0))            # steps, ω
 COST = TRAINING + 2 + 1     # with and without caption; u and its derivative for half of the clips
 POWER = 1.0                                         # of the adaptive weight
