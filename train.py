@@ -39,7 +39,7 @@ class Flags:
     ema: float = flag(0.995, "decay of the weight average that is saved; 0 is off", high=1)
     caption_dropout: float = flag(0.2, "share of captions replaced by ''", high=1)    # public code
     # vae
-    vae_steps: int = flag(900, "steps of stage vae")
+    vae_steps: int = flag(900, "steps of stage vae; 2700 of your own sounds")
     vae_lr: float = flag(1.5e-3, "its peak learning rate")
     vae_frames: int = flag(64, "mel frames cut from each clip in it")   # convolutions need no more
     vae_kl_weight: float = flag(3e-2, "weight of the KL term")          # ours: a smooth latent
@@ -80,9 +80,10 @@ JUDGES = "laion/clap-htsat-unfused,MIT/ast-finetuned-audioset-10-10-0.4593"
 # Ours: from scratch in an evening on a GPU of 24 GB, about 3 hours by --plan 60
 EVENING = dict(
     text="google/flan-t5-base", batch_size=128, lr=3e-4, warmup=1000, ema=0.999,
-    vae_steps=30_000, vae_lr=3e-4, vae_frames=128, cfm_steps=45_000, rf1_steps=10_000, rf1_lr=1e-4,
-    rf2_couplings=30_000, rf2_coupling_steps=16, rf2_steps=20_000, distill_couplings=40_000,
-    distill_coupling_steps=8, distill_steps=15_000, eval_clips=400, save_every=300.0, judge=JUDGES)
+    vae_steps=30_000, vae_lr=3e-4, vae_frames=128, vae_kl_weight=1e-2, cfm_steps=45_000,
+    rf1_steps=10_000, rf1_lr=1e-4, rf2_couplings=30_000, rf2_coupling_steps=16, rf2_steps=20_000,
+    distill_couplings=40_000, distill_coupling_steps=8, distill_steps=15_000, eval_clips=400,
+    save_every=300.0, judge=JUDGES)
 # The paper gives batch, learning rate and steps of the 1-RF (§4.1) and has --init (§3.2); rest ours
 PAPER = dict(
     batch_size=64, grad_accum=4, lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999,
@@ -91,10 +92,18 @@ PAPER = dict(
     rf2_anchor_steps=10, rf2_steps=40_000, distill_couplings=50_000, distill_coupling_steps=24,
     distill_guidance=3.0, distill_steps=40_000, eval_clips=1000, save_every=900.0, judge=JUDGES)
 PRESETS = {"toy": {}, "small": EVENING, "base": PAPER, "large": PAPER}
+OWN_SOUNDS = dict(vae_steps=2700, vae_kl_weight=1e-2)       # other sounds than the toy set's
+
+
+def defaults(given: dict) -> dict:
+    """The preset that the flags given mean, and the defaults that it changes."""
+    preset = given.get("preset", "base" if given.get("init") else "toy")
+    own = preset == "toy" and given.get("data", "toy") != "toy"
+    return {"preset": preset, **(OWN_SOUNDS if own else PRESETS[preset])}
 
 
 def parse_flags(argv: list[str] | None = None) -> Flags:
-    return read_flags(Flags, __doc__, PRESETS, argv)
+    return read_flags(Flags, __doc__, defaults, argv)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import argparse
 import math
 from dataclasses import field, fields
+from typing import Callable
 
 
 def flag(default, text: str, low: float | None = None, high: float = math.inf,
@@ -22,8 +23,9 @@ def check_limits(flags) -> None:
             raise ValueError(f"--{f.name} is {value}, must be {limits}")
 
 
-def read_flags(cls, text: str, presets: dict[str, dict], argv: list[str] | None = None):
-    """The flags on the command line, over those of the preset. Exits with one line and code 2."""
+def read_flags(cls, text: str, defaults: Callable[[dict], dict], argv: list[str] | None = None):
+    """The flags on the command line, over what they make of the defaults. Exits with one line and
+    code 2."""
     prog = "train.py"
     parser = argparse.ArgumentParser(prog, description=text, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,8 +36,7 @@ def read_flags(cls, text: str, presets: dict[str, dict], argv: list[str] | None 
         parser.add_argument(f"--{f.name}", type=type(f.default), choices=choices, help=about,
                             metavar=None if choices else f.name.upper())
     given = {k: v for k, v in vars(parser.parse_args(argv)).items() if v is not None}
-    preset = given.get("preset", "base" if given.get("init") else cls.preset)
     try:
-        return cls(**{**presets[preset], **given, "preset": preset})
+        return cls(**{**defaults(given), **given})
     except ValueError as e:
         parser.error(str(e))

@@ -203,17 +203,17 @@ def test_the_bench_runs_a_recipe_and_says_how_long_all_of_it_takes(monkeypatch, 
 
 
 def test_the_bench_trains_the_first_preset_and_the_1rf_of_the_others(monkeypatch, capsys):
-    for preset in ("toy", "small"):
+    for preset in ("base", "small"):
         monkeypatch.setitem(fa.PRESETS, preset, TINY)
-    monkeypatch.setitem(train.PRESETS, "small", {"batch_size": 4, "rf2_coupling_steps": 2})
+        monkeypatch.setitem(train.PRESETS, preset, {"batch_size": 4, "rf2_coupling_steps": 2})
     monkeypatch.setattr(bench, "sampling", lambda *given: {})
     monkeypatch.setattr(bench, "differences", lambda *given: [])
     monkeypatch.setattr(bench, "plan", lambda flags: [
         Row(name, 0, 1e12, 7200, 0) for name in ("vae", "cfm", "rf1", "rf2 pairs", "rf2",
                                                  "distill pairs", "distill")])
-    bench.main(["--presets", "small,toy", "--steps", "12"])
+    bench.main(["--presets", "small,base", "--steps", "12"])
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["training"]
-    assert [row["preset"] for row in rows] == ["small"] * 7 + ["toy"]
+    assert [row["preset"] for row in rows] == ["small"] * 7 + ["base"]
     assert rows[-1]["stage"] == "rf1"
     for row in rows:
         assert row["hours"] == pytest.approx(2 * row["ms"] / 1000)

@@ -46,7 +46,7 @@ QUICK = """--batch_size 4 --vae_steps 4 --cfm_steps 4 --rf1_steps 3 --rf2_steps 
 # Values of their own, so that a flag taken for another is seen
 FLAGS = """--device cpu --seed 3 --batch_size 8 --warmup 5 --lr 2e-3 --lr_end 0.1 --ema 0.9
     --grad_clip 0.02 --caption_dropout 0.3 --vae_steps 20 --vae_lr 3e-3 --vae_frames 16
-    --vae_kl_weight 0.01 --cfm_steps 20 --rf1_steps 20 --rf1_lr 1e-3 --rf2_couplings 6
+    --vae_kl_weight 0.02 --cfm_steps 20 --rf1_steps 20 --rf1_lr 1e-3 --rf2_couplings 6
     --rf2_coupling_steps 3 --rf2_guidance 2.5 --rf2_anchor_steps 2 --rf2_anchor_lr 0.02
     --rf2_anchor_tol 1e-6 --rf2_steps 20 --distill_couplings 9 --distill_coupling_steps 2
     --distill_guidance 1.5 --distill_steps 20 --eval_clips 2 --save_every 0 --windows 1""".split()
@@ -231,7 +231,7 @@ def test_each_stage_has_its_loss(wired):
     model, mel = tiny_model().double(), torch.randn(2, 80, 32, generator=rng()).double()
     noise = torch.randn(2, 20, 16, generator=rng(1)).double()
     for stage, ours, theirs in (
-            ("vae", (model, mel, noise), fa.vae_loss(model.vae, mel, noise, 0.01)),
+            ("vae", (model, mel, noise), fa.vae_loss(model.vae, mel, noise, 0.02)),
             ("cfm", (field, *batch), fa.rectified_flow_loss(field, *batch, 1e-4)),
             ("rf1", (field, *batch), fa.rectified_flow_loss(field, *batch)),
             ("rf2", (field, *batch), fa.rectified_flow_loss(field, *batch)),
@@ -702,6 +702,18 @@ def test_a_preset_has_a_plan(preset, monkeypatch, capsys):
     if preset == "small":       # three hours; judging, mels and latents are left out of the count
         assert 2.5 < total < 3.5 and 40 < float(stages[0][1].rstrip("M")) < 60
         assert max(float(stage[4]) for stage in stages) < 20            # of 24 GB
+
+
+def test_own_sounds_get_a_better_vae_unless_a_flag_or_preset_says_otherwise():
+    def vae(*typed: str) -> tuple[int, float]:
+        flags = train.parse_flags([*typed])
+        return flags.vae_steps, flags.vae_kl_weight
+
+    assert vae() == vae("--data", "toy") == (900, 0.03)
+    assert vae("--data", "my_sounds") == (2700, 0.01)
+    assert vae("--data", "my_sounds", "--vae_steps", "5") == (5, 0.01)
+    assert vae("--data", "my_sounds", "--preset", "small") == (30_000, 0.01)
+    assert vae("--data", "my_sounds", "--init", "maa3.ckpt") == (40_000, 1e-6)
 
 
 def test_a_plan_of_a_public_flow_has_no_stage_before_it(monkeypatch):
