@@ -39,7 +39,7 @@ class Flags:
     ema: float = flag(0.995, "decay of the weight average that is saved; 0 is off", high=1)
     caption_dropout: float = flag(0.2, "share of captions replaced by ''", high=1)    # public code
     # vae
-    vae_steps: int = flag(900, "steps of stage vae; 2700 of your own sounds")
+    vae_steps: int = flag(900, "steps of stage vae; 5400 of your own sounds")
     vae_lr: float = flag(1.5e-3, "its peak learning rate")
     vae_frames: int = flag(64, "mel frames cut from each clip in it")   # convolutions need no more
     vae_kl_weight: float = flag(3e-2, "weight of the KL term")          # ours: a smooth latent
@@ -92,7 +92,7 @@ PAPER = dict(
     rf2_anchor_steps=10, rf2_steps=40_000, distill_couplings=50_000, distill_coupling_steps=24,
     distill_guidance=3.0, distill_steps=40_000, eval_clips=1000, save_every=900.0, judge=JUDGES)
 PRESETS = {"toy": {}, "small": EVENING, "base": PAPER, "large": PAPER}
-OWN_SOUNDS = dict(vae_steps=2700, vae_kl_weight=1e-2)       # other sounds than the toy set's
+OWN_SOUNDS = dict(vae_steps=5400, vae_kl_weight=1e-2)       # other sounds than the toy set's
 
 
 def defaults(given: dict) -> dict:

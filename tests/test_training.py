@@ -710,7 +710,7 @@ def test_own_sounds_get_a_better_vae_unless_a_flag_or_preset_says_otherwise():
         return flags.vae_steps, flags.vae_kl_weight
 
     assert vae() == vae("--data", "toy") == (900, 0.03)
-    assert vae("--data", "my_sounds") == (2700, 0.01)
+    assert vae("--data", "my_sounds") == (5400, 0.01)
     assert vae("--data", "my_sounds", "--vae_steps", "5") == (5, 0.01)
     assert vae("--data", "my_sounds", "--preset", "small") == (30_000, 0.01)
     assert vae("--data", "my_sounds", "--init", "maa3.ckpt") == (40_000, 1e-6)
