@@ -71,6 +71,8 @@ def print_tables(tables: dict, claims: list[dict]) -> None:
     print()
     for claim in claims:
         ours, theirs = claim["ours"]
-        gap = plus_minus(claim["difference"], claim["interval"])
+        gap, verdict = plus_minus(claim["difference"], claim["interval"]), claim["verdict"]
+        if verdict == "not seen":
+            verdict += f", though {claim['interval']:.2g} would have been"
         print(f"{claim['claim']:32} {claim['figure']}: {ours:.3g}, {theirs:.3g}; difference {gap}; "
-              f"paper {claim['paper'] or '-'}: {claim['verdict']}")
+              f"paper {claim['paper'] or '-'}: {verdict}")

@@ -16,7 +16,7 @@ from data import toy
 from experiments import ablate, bench, figures, pairings, tables
 from flashaudio import InputError
 from runs.plan import Row
-from tests.helpers import TINY, rng
+from tests.helpers import ROOT, TINY, rng
 
 
 def test_knn_takes_the_nearest_of_its_own_noises_and_the_same_ones_again():
@@ -164,6 +164,17 @@ def test_squared_distances_are_paired_by_their_least_sum():
                 for order in permutations(range(5)))
     paired = pairings.squared_pairing(z0, z1)
     assert (paired - z1).pow(2).sum().item() == pytest.approx(least)
+
+
+def test_the_published_tables_are_those_of_their_rows(capsys):
+    file = ROOT / "docs/ablation.json"
+    if not file.exists():
+        pytest.skip("not measured yet")
+    held = json.loads(file.read_text())
+    tables.print_tables(held["tables"], held["claims"])
+    published = capsys.readouterr().out
+    tables.print_tables(tables.summary(held["rows"]), tables.judge_claims(held["rows"]))
+    assert capsys.readouterr().out == published
 
 
 def test_pictures_of_a_run_and_of_one_that_was_moved(quick, tmp_path):
