@@ -26,7 +26,7 @@ from experiments.pairings import squared_pairing, train_rf1_over, variant
 from experiments.tables import judge_claims, print_tables, summary
 from flashaudio import FlashAudio, InputError
 from runs.cache import bar, digest, write_atomically
-from runs.run import WHERE, Run, one_line_errors
+from runs.run import WHERE, Run, names_of, one_line_errors
 
 SHORT = dict(vae_steps=800, cfm_steps=600, rf1_steps=100, rf2_steps=150, distill_steps=150,
              rf2_couplings=128, distill_couplings=128, eval_clips=96)
@@ -51,8 +51,9 @@ def plan() -> list[Row]:
     rows = [Row("Fig. 2, 3", stage, stage) for stage in ("cfm", "rf1", "rf2", "distill")]
     rows += [Row("Table 2", "1-RF full", "rf1"),
              Row("Table 2", "1-RF uniform t", "rf1", rf1=uniform),
-             Row("Table 2", "1-RF not from CFM", "rf1", from_cfm=False),
              Row("Table 2", "1-RF no pairing", "rf1", rf1=unpaired),
+             Row("Table 2", "1-RF uniform t, no pairing", "rf1", rf1={**uniform, **unpaired}),
+             Row("Table 2", "1-RF not from CFM", "rf1", from_cfm=False),
              Row("Table 6", "1-RF μ = 0", "rf1")]
     for mean in (-0.5, 0.5):
         density = variant(fa.logit_normal, mean=mean)
@@ -68,9 +69,13 @@ def plan() -> list[Row]:
              Row("Table 2", "2-RF literal re-pairing", "rf2", rf2={"pair": fa.immiscible_pairing}),
              Row("Table 6", "2-RF a = 4", "rf2"),
              Row("Table 6", "2-RF a = 1", "rf2", rf2={"density": variant(fa.mix_exp, a=1.0)}),
-             Row("Fig. 4", "anchored, ω = 3", "rf2"),
-             Row("Fig. 4", "plain, ω = 3", "rf2", {"rf2_anchor_steps": 0}),
+             Row("Fig. 4", "2-RF anchored", "rf2"),
+             Row("Fig. 4", "2-RF plain", "rf2", {"rf2_anchor_steps": 0}),
              Row("Table 2", "2-RF from 1-RF without pairing", "rf2", rf1=unpaired)]
+    for iterations in (0, 1, 3, 10):
+        flags = {"rf2_anchor_steps": iterations}
+        rows.append(Row("Couplings", f"{iterations} iterations", "rf1", flags))
+    rows.append(Row("Couplings", "unguided", "rf1", {"rf2_guidance": 1.0}))
     return rows + [Row("Eq. 13", f"couplings at ω = {guidance:g}", "distill",
                        {"distill_guidance": guidance}) for guidance in (1.0, 3.0)]
 
@@ -136,25 +141,25 @@ class Judge:
 def measure(run: SharedRun, judge: Judge, row: Row) -> dict:
     """The figures of a row."""
     model = run.load(row.stage)
+    z0 = model.noise([""] * len(judge.captions), 0, model.latent_shape())       # (N, C, L)
+    if row.table == "Couplings":
+        return measure_couplings(run, judge, z0)
+    if row.table == "Pairing":
+        return measure_pairing(run, judge, row, z0)
     steps = {"rf2": (1, 4, 24), "distill": (1,)}.get(row.stage, (24,))
     if row.table == "Fig. 2, 3" and row.stage != "distill":
         steps = (1, 2, 4, 8, 16, 24)
-    z0 = model.noise([""] * len(judge.captions), 0, model.latent_shape())       # (N, C, L)
     found = {}
-    if row.table == "Pairing":
-        for omega in (1.0, 2.0, 3.0, 5.0):
-            found |= judge(model, model.sample_latents(judge.captions, 24, omega, z0=z0),
-                           f"ω = {omega:g}")
-        return found | distance_saved(run, model, row)
     for n in steps:
         found |= judge(model, model.sample_latents(judge.captions, n, z0=z0), f"{n} steps")
+    if row.stage == "cfm":
+        guided = model.sample_latents(judge.captions, 24, 3.0, z0=z0)
+        found |= judge(model, guided, "24 steps, ω = 3")
     if row.table == "Fig. 2, 3":
         paths = model.sample_latents(judge.captions, 24, z0=z0, return_trajectory=True)
         found["straightness"] = fa.straightness(paths)
         way = (paths[-1] - paths[0]).flatten(1).pow(2).sum(1).mean().item()
         found["relative straightness"] = found["straightness"] / way
-    if row.table == "Fig. 4":
-        found |= measure_couplings(run, judge, z0)
     return found
 
 
@@ -177,9 +182,14 @@ def measure_couplings(run: SharedRun, judge: Judge, z0: Tensor) -> dict:
             "residual": (path[-1] - unguided).pow(2).mean().item()}
 
 
-def distance_saved(run: SharedRun, model: FlashAudio, row: Row) -> dict:
-    """Share of the mean distance between noise and clip that a pairing takes away, in percent."""
-    data, generator = run.data, torch.Generator().manual_seed(0)
+def measure_pairing(run: SharedRun, judge: Judge, row: Row, z0: Tensor) -> dict:
+    """What a 1-RF makes at several scales of guidance, and the share of the mean distance between
+    noise and clip that its pairing takes away, in percent."""
+    data, model, found = run.data, run.load("rf1"), {}
+    for omega in (1.0, 2.0, 3.0, 5.0):
+        made = model.sample_latents(judge.captions, 24, omega, z0=z0)
+        found |= judge(model, made, f"ω = {omega:g}")
+    generator = torch.Generator().manual_seed(0)
     latents, scale = data.latents(model), model.scale_factor.cpu()
     pair = row.rf1.get("pair", fa.immiscible_pairing)
     before, after = 0.0, 0.0
@@ -187,11 +197,11 @@ def distance_saved(run: SharedRun, model: FlashAudio, row: Row) -> dict:
         order = torch.randperm(len(data.train), generator=generator)
         rows = data.train[order[:row.rf1.get("over", run.flags.batch_size)].numpy()]
         z1 = scale * torch.from_numpy(latents[data.file[rows], 0])
-        z0 = torch.randn(z1.shape, generator=generator)
-        paired = pair(z0, z1) if pair else z0
-        before += (z1 - z0).flatten(1).norm(dim=1).mean().item()
+        noise = torch.randn(z1.shape, generator=generator)
+        paired = pair(noise, z1) if pair else noise
+        before += (z1 - noise).flatten(1).norm(dim=1).mean().item()
         after += (z1 - paired).flatten(1).norm(dim=1).mean().item()
-    return {"distance saved": 100 * (1 - after / before)}
+    return found | {"distance saved": 100 * (1 - after / before)}
 
 
 def ablate(flags: train.Flags, seeds: int, text: str = "") -> None:
@@ -207,16 +217,20 @@ def ablate(flags: train.Flags, seeds: int, text: str = "") -> None:
             for row in bar(chosen, f"seed {seed}"):
                 measured.append(measured_row(run, judge, row, out / "rows"))
     tables, claims = summary(measured), judge_claims(measured)
-    written = {"tables": tables, "claims": claims, "rows": measured, "flags": asdict(flags),
-               "hardware": hardware(run.device)}
-    write_atomically(out / "ablation.json", json.dumps(written, indent=1).encode())
+    if not text:                                        # the published file has all rows
+        written = {"tables": tables, "claims": claims, "rows": measured, "flags": asdict(flags),
+                   "hardware": hardware(run.device)}
+        write_atomically(out / "ablation.json", json.dumps(written, indent=1).encode())
     print_tables(tables, claims)
 
 
 def measured_row(run: Run, judge: Judge, row: Row, folder: Path) -> dict:
     """The row with its figures, trained and measured unless it is in the folder."""
     flags = replace(run.flags, **row.flags)
-    held = json.loads(json.dumps(asdict(row), default=lambda f: f.__qualname__))
+    if not row.from_cfm:                                # as long as both, at the CFM's rate
+        steps = flags.cfm_steps + flags.rf1_steps
+        flags = replace(flags, rf1_steps=steps, rf1_lr=flags.lr)
+    held = json.loads(json.dumps(asdict(row), default=lambda f: names_of(f)[0]))
     depends = {name: value for name, value in asdict(flags).items() if name not in WHERE}
     file = folder / f"{digest(held, depends, flags.eval_clips, run.data.key)}.json"
     if not file.exists():
@@ -233,7 +247,7 @@ def new_parser(name: str, text: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(name, description=text,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="seeds, from 0 on [5]")
-    parser.add_argument("--short", action="store_true", help="a quarter of the training, to try it")
+    parser.add_argument("--short", action="store_true", help="much less training, to try it")
     parser.add_argument("--out", default="out/seeds", help="folder [out/seeds]")
     parser.add_argument("--data", default="toy", help="manifest of a toy set [its own]")
     return parser

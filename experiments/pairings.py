@@ -52,14 +52,10 @@ def train_rf1_over(run: Run, model: FlashAudio, over: int,
 
     They are drawn together and handed out step by step; `over` is a multiple of the batch size.
     """
-    def wide_pairing(z0: Tensor, z1: Tensor) -> Tensor:
-        return pair(z0, z1)
-
-    wide_pairing.__qualname__ = f"{pair.__qualname__}(over {over})"     # what the stage is known by
     size, density, loss = run.flags.batch_size, fa.logit_normal, fa.rectified_flow_loss
-    if run.done("rf1", model, wide_pairing, density, loss):
-        return run.load("rf1")
     wide = replace(run, flags=replace(run.flags, batch_size=over))
+    if wide.done("rf1", model, pair, density, loss):        # is known by the wide batch
+        return run.load("rf1")
     draw_together, parts = train.clip_batches(wide, "rf1", model, density, pair)
     drawn = lru_cache(1)(draw_together)
 
@@ -95,4 +91,5 @@ def variant(density: Callable, **changes: float) -> Callable:
         return density(n, generator=generator, **changes)
 
     changed.__qualname__ = f"{density.__qualname__}({changes})"
+    changed.__wrapped__ = density                   # whose code it is known by, too
     return changed

@@ -310,7 +310,7 @@ def test_a_comparison_trains_within_its_budget_and_goes_on(quick, monkeypatch, c
     assert taken["distill"] == ((after - 2 * 2 * 2) // 12, direct.LR, ("dit",))
     out = Path(quick.out)
     held = json.loads((out / "rivals.json").read_text())
-    assert held["rows"] == rows and len(rows) == 2 * 9 and held["table"] == tables.summary(rows)
+    assert held["rows"] == rows and len(rows) == 2 * 10 and held["table"] == tables.summary(rows)
     runner.print_table(rows)
     printed = capsys.readouterr().out
     for line in runner.table_of(rows):

@@ -3,7 +3,7 @@
 Every seed is a run of train.py in <out>/seed<n>, whose stages are used where they are there, with a
 folder more for each rival. All make the same held-out captions from the same noise, through the
 vocoder, as in stage eval. A row that is a file in <out>/rows was measured: the same command goes
-on, and a rival whose settings have changed is trained in a new folder.
+on, and a rival of another learning rate, guidance or length is trained in a new folder.
 
     python -m experiments.rivals --seeds 5          the table, also in <out>/rivals.json
     python -m experiments.rivals --tune meanflow    its settings compared on validation clips
@@ -37,7 +37,7 @@ RIVALS = {"diffusion": diffusion, "consistency": consistency, "meanflow": meanfl
 LABELS = {"diffusion": "diffusion, DDIM", "consistency": "consistency", "meanflow": "MeanFlow",
           "direct": "CFM distilled, no reflow", "cfm": "CFM", "rf2": "2-RF",
           "distill": "FlashAudio, distilled"}
-CHAIN = {"cfm": ((24, 1.0), (24, 3.0)), "rf2": ((1, 1.0),), "distill": ((1, 1.0),)}
+CHAIN = {"cfm": ((24, 1.0), (24, 3.0)), "rf2": ((1, 1.0), (4, 1.0)), "distill": ((1, 1.0),)}
 STRAIGHT = ("cfm", "rf2", "distill", "direct")          # flows: their paths can be simulated
 FIGURES = ("fd", "kl", "accuracy", "measured", "straightness", "rtf")
 SHARE = 0.25                                            # of the training, for each setting tried
