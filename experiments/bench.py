@@ -174,6 +174,9 @@ def main(argv: list[str] | None = None) -> None:
             flags = train.Flags(preset=preset, **{**train.PRESETS[preset], "text": "bytes"})
             rows = training(flags, given.steps, Path(folder), preset in (presets[0], "toy"))
             found["training"] += [{"preset": preset, **row} for row in rows]
+            if len(rows) > 1:
+                hours = sum(row["hours"] for row in rows)
+                print(f"{preset}: {hours:.3g} hours for the whole recipe at this pace")
         print_rows(found["training"])
     print(json.dumps(found))
 

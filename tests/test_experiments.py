@@ -207,7 +207,10 @@ def test_the_bench_runs_a_recipe_and_says_how_long_all_of_it_takes(monkeypatch, 
     given = train.PRESETS["toy"] | {"batch_size": 4, "rf2_coupling_steps": 2, "cfm_steps": 3600}
     monkeypatch.setitem(train.PRESETS, "toy", given)
     bench.main(["--presets", "toy", "--batch", "1,2", "--steps", "30"])
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    hours = sum(row["hours"] for row in found["training"])
+    assert f"toy: {hours:.3g} hours for the whole recipe" in printed
     assert [row["output"] for row in found["differences"]] == [
         "mel", "encoder", "decoder", "text", "velocity"]
     for row in found["differences"]:                    # here the device is the CPU
