@@ -215,6 +215,12 @@ def test_couplings_are_made_anew_when_what_they_are_made_from_changes(wired, tmp
     assert len(keys) == 6
 
 
+def test_a_finished_run_makes_no_couplings_again(wired, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "cached", None)              # what would make them
+    with opened(*copied(wired, tmp_path, *STAGES)) as run:
+        train.main(run)
+
+
 def test_noise_depends_on_seed_stage_and_step(wired):
     other = replace(wired.run, flags=train.Flags(seed=4))
     noise = [(wired.run, "cfm", 1), (wired.run, "rf1", 1), (wired.run, "cfm", 2), (other, "cfm", 1)]
