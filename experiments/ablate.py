@@ -143,9 +143,9 @@ def measure(run: SharedRun, judge: Judge, row: Row) -> dict:
     model = run.load(row.stage)
     z0 = model.noise([""] * len(judge.captions), 0, model.latent_shape())       # (N, C, L)
     if row.table == "Couplings":
-        return measure_couplings(run, judge, z0)
+        return measure_couplings(run, judge, model, z0)
     if row.table == "Pairing":
-        return measure_pairing(run, judge, row, z0)
+        return measure_pairing(run, judge, row, model, z0)
     steps = {"rf2": (1, 4, 24), "distill": (1,)}.get(row.stage, (24,))
     if row.table == "Fig. 2, 3" and row.stage != "distill":
         steps = (1, 2, 4, 8, 16, 24)
@@ -163,10 +163,10 @@ def measure(run: SharedRun, judge: Judge, row: Row) -> dict:
     return found
 
 
-def measure_couplings(run: SharedRun, judge: Judge, z0: Tensor) -> dict:
+def measure_couplings(run: SharedRun, judge: Judge, model: FlashAudio, z0: Tensor) -> dict:
     """What the 1-RF makes of the held-out captions under guidance: its quality, its distance to the
     unguided path, and the guidance that is left, |v - v_c| / |v_c - v_∅|."""
-    flags, model = run.flags, run.load("rf1").requires_grad_(False)
+    flags, model = run.flags, model.requires_grad_(False)
     context, n = model.contexts(judge.captions), flags.rf2_coupling_steps
     null = model.contexts([""]).expand_as(context)
     path = fa.make_couplings(model, z0, context, null, n, flags.rf2_guidance,
@@ -182,10 +182,11 @@ def measure_couplings(run: SharedRun, judge: Judge, z0: Tensor) -> dict:
             "residual": (path[-1] - unguided).pow(2).mean().item()}
 
 
-def measure_pairing(run: SharedRun, judge: Judge, row: Row, z0: Tensor) -> dict:
+def measure_pairing(run: SharedRun, judge: Judge, row: Row, model: FlashAudio,
+                    z0: Tensor) -> dict:
     """What a 1-RF makes at several scales of guidance, and the share of the mean distance between
     noise and clip that its pairing takes away, in percent."""
-    data, model, found = run.data, run.load("rf1"), {}
+    data, found = run.data, {}
     for omega in (1.0, 2.0, 3.0, 5.0):
         made = model.sample_latents(judge.captions, 24, omega, z0=z0)
         found |= judge(model, made, f"ω = {omega:g}")
