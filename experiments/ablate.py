@@ -166,8 +166,10 @@ def measure(run: SharedRun, judge: Judge, row: Row) -> dict:
 def measure_couplings(run: SharedRun, judge: Judge, model: FlashAudio, z0: Tensor) -> dict:
     """What the 1-RF makes of the held-out captions under guidance: its quality, its distance to the
     unguided path, and the guidance that is left, |v - v_c| / |v_c - v_∅|."""
-    flags, model = run.flags, model.requires_grad_(False)
-    context, n = model.contexts(judge.captions), flags.rf2_coupling_steps
+    flags = run.flags
+    n = flags.rf2_coupling_steps
+    model.requires_grad_(False)
+    context = model.contexts(judge.captions)
     null = model.contexts([""]).expand_as(context)
     path = fa.make_couplings(model, z0, context, null, n, flags.rf2_guidance,
                              flags.rf2_anchor_steps, flags.rf2_anchor_lr, flags.rf2_anchor_tol,
@@ -186,7 +188,8 @@ def measure_pairing(run: SharedRun, judge: Judge, row: Row, model: FlashAudio,
                     z0: Tensor) -> dict:
     """What a 1-RF makes at several scales of guidance, and the share of the mean distance between
     noise and clip that its pairing takes away, in percent."""
-    data, found = run.data, {}
+    data = run.data
+    found = {}
     for omega in (1.0, 2.0, 3.0, 5.0):
         made = model.sample_latents(judge.captions, 24, omega, z0=z0)
         found |= judge(model, made, f"ω = {omega:g}")
@@ -207,7 +210,8 @@ def measure_pairing(run: SharedRun, judge: Judge, row: Row, model: FlashAudio,
 
 def ablate(flags: train.Flags, seeds: int, text: str = "") -> None:
     """Train and measure every row with `text` in its name for every seed; print the tables."""
-    out, measured = Path(flags.out), []
+    out = Path(flags.out)
+    measured = []
     chosen = [row for row in plan() if text in f"{row.table} {row.name}"]
     if not chosen:
         raise InputError(f"--rows '{text}': no row has that in its name; '2-RF full' is one")

@@ -52,18 +52,20 @@ def train_rf1_over(run: Run, model: FlashAudio, over: int,
 
     They are drawn together and handed out step by step; `over` is a multiple of the batch size.
     """
-    size, density, loss = run.flags.batch_size, fa.logit_normal, fa.rectified_flow_loss
-    wide = replace(run, flags=replace(run.flags, batch_size=over))
-    if wide.done("rf1", model, pair, density, loss):        # is known by the wide batch
+    flags = run.flags
+    size = flags.batch_size
+    loss = fa.rectified_flow_loss
+    wide = replace(run, flags=replace(flags, batch_size=over))
+    if wide.done("rf1", model, pair, fa.logit_normal, loss):        # is known by the wide batch
         return run.load("rf1")
-    draw_together, parts = train.clip_batches(wide, "rf1", model, density, pair)
+    draw_together, parts = train.clip_batches(wide, "rf1", model, fa.logit_normal, pair)
     drawn = lru_cache(1)(draw_together)
 
     def draw(step: int) -> list[Tensor]:
         place = step * size
         return [x[place % over:place % over + size] for x in drawn(place // over)]
 
-    return train.fit(run, "rf1", model, parts, draw, loss, run.flags.rf1_steps, run.flags.rf1_lr)
+    return train.fit(run, "rf1", model, parts, draw, loss, flags.rf1_steps, flags.rf1_lr)
 
 
 @torch.no_grad()
