@@ -23,7 +23,7 @@ from data.clips import Clips, load_audio
 from evaluation.evaluate import hardware
 from evaluation.judges import ToyJudge, is_toy
 from experiments.pairings import squared_pairing, train_rf1_over, variant
-from experiments.tables import judge_claims, print_tables, summary
+from experiments.tables import judge_claims, kept_row, print_tables, summary
 from flashaudio import FlashAudio, InputError
 from runs.cache import bar, digest, write_atomically
 from runs.run import WHERE, Run, names_of, one_line_errors
@@ -237,14 +237,15 @@ def measured_row(run: Run, judge: Judge, row: Row, folder: Path) -> dict:
         flags = replace(flags, rf1_steps=steps, rf1_lr=flags.lr)
     held = json.loads(json.dumps(asdict(row), default=lambda f: names_of(f)[0]))
     depends = {name: value for name, value in asdict(flags).items() if name not in WHERE}
-    file = folder / f"{digest(held, depends, flags.eval_clips, run.data.key)}.json"
-    if not file.exists():
+    name = digest(held, depends, flags.eval_clips, run.data.key)
+
+    def measured() -> dict:
         shared = SharedRun(flags, run.data, run.device, run.vocoder)
         train_row(shared, row)
-        held |= {"seed": flags.seed, "figures": measure(shared, judge, row),
-                 "folders": shared.names}
-        write_atomically(file, json.dumps(held, indent=1).encode())
-    return json.loads(file.read_text())
+        return {**held, "seed": flags.seed, "figures": measure(shared, judge, row),
+                "folders": shared.names}
+
+    return kept_row(folder / f"{name}.json", measured)
 
 
 def new_parser(name: str, text: str) -> argparse.ArgumentParser:

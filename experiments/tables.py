@@ -1,15 +1,25 @@
 """From measured rows to tables, and from tables to verdicts on the claims of claims.csv.
 
-A row is {"table", "name", "seed", "figures": {figure: value}}: experiments/ablate.py writes one a
-file.
+A row is {"table", "name", "seed", "figures": {figure: value}}, in a file of its own.
 """
 
 import csv
+import json
 from itertools import chain
 from pathlib import Path
+from typing import Callable
 
 import numpy as np
 from scipy import stats
+
+from runs.cache import write_atomically
+
+
+def kept_row(file: Path, measure: Callable[[], dict]) -> dict:
+    """The row in the file; where there is none, what is measured is written there first."""
+    if not file.exists():
+        write_atomically(file, json.dumps(measure(), indent=1).encode())
+    return json.loads(file.read_text())
 
 
 def by_figure(rows: list[dict]) -> dict:
@@ -76,7 +86,12 @@ def print_tables(tables: dict, claims: list[dict]) -> None:
         for name, figures in rows.items():
             cells = [plus_minus(*figures[c][:2]) if c in figures else "-" for c in columns]
             print(f"{name:32}", *(f"{cell:>21}" for cell in cells))
-    print("\nmean ± standard error over seeds. Below: ± half of a 95% interval of the difference\n")
+    print("\nmean ± standard error over seeds")
+    print_claims(claims)
+
+
+def print_claims(claims: list[dict]) -> None:
+    print("\nOne less the other, ± half of a 95% interval of the mean over seeds:\n")
     for claim in claims:
         ours, theirs = claim["ours"]
         gap = plus_minus(claim["difference"], claim["interval"])

@@ -15,6 +15,7 @@ import flashaudio as fa
 import train
 from data import toy
 from experiments import ablate, bench, figures, pairings, tables
+from experiments.rivals import __main__ as runner
 from flashaudio import InputError
 from runs.plan import Row
 from tests.helpers import ROOT, TINY, rng
@@ -84,11 +85,16 @@ def test_every_claim_names_rows_that_are_in_the_plan():
         claims = list(csv.DictReader(f))
     figures = {claim[column] for claim in claims for column in ("figure", "figure of the other")}
     assert figures == {"straightness", "fd couplings", "fd 1 steps", "fd 4 steps", "fd 24 steps",
-                       "fd 24 steps, ω = 3", "fd ω = 1", "fd ω = 2", "fd ω = 3", "fd ω = 5"}
+                       "fd 24 steps, ω = 3", "fd ω = 1", "fd ω = 2", "fd ω = 3", "fd ω = 5",
+                       "fd", "accuracy"}
     named = {(row.table, row.name) for row in ablate.plan()}
+    assert len(named) == len(ablate.plan())
+    sampled = runner.CHAIN | {name: rival.SAMPLED for name, rival in runner.RIVALS.items()}
+    for name, ways in sampled.items():
+        named |= {("rivals", runner.row_name(name, *way)) for way in ways}
     found = [{"table": table, "name": name, "seed": 0, "figures": dict.fromkeys(figures, 1.0)}
              for table, name in named]
-    assert len(named) == len(ablate.plan()) and len(tables.judge_claims(found)) == len(claims)
+    assert len(tables.judge_claims(found)) == len(claims)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from evaluation.judges import is_toy
 from experiments.ablate import Row, flags_of, new_parser, train_row
 from experiments.rivals import consistency, diffusion, direct, meanflow
 from experiments.rivals.shared import after_cfm, chain_cost
-from experiments.tables import plus_minus, summary
+from experiments.tables import judge_claims, kept_row, plus_minus, print_claims, summary
 from flashaudio import FlashAudio, InputError
 from runs.cache import digest, write_atomically
 from runs.run import Run, one_line_errors
@@ -37,7 +37,8 @@ RIVALS = {"diffusion": diffusion, "consistency": consistency, "meanflow": meanfl
 LABELS = {"diffusion": "diffusion, DDIM", "consistency": "consistency", "meanflow": "MeanFlow",
           "direct": "CFM distilled, no reflow", "cfm": "CFM", "rf2": "2-RF",
           "distill": "FlashAudio, distilled"}
-CHAIN = {"cfm": ((24, 1.0), (24, 3.0)), "rf2": ((1, 1.0), (4, 1.0)), "distill": ((1, 1.0),)}
+CHAIN = {"cfm": ((1, 1.0), (24, 1.0), (24, 3.0)), "rf2": ((1, 1.0), (4, 1.0)),
+         "distill": ((1, 1.0),)}
 STRAIGHT = ("cfm", "rf2", "distill", "direct")          # flows: their paths can be simulated
 FIGURES = ("fd", "kl", "accuracy", "measured", "straightness", "rtf")
 SHARE = 0.25                                            # of the training, for each setting tried
@@ -80,17 +81,21 @@ def measure(run: Run, entry: Entry, table: evaluate.Table, folder: Path) -> list
     """The rows of a model, measured unless they are in the folder."""
     found = []
     for steps, guidance in entry.sampled:
-        held = {"table": "rivals", "name": f"{LABELS[entry.name]}, {steps}, ω = {guidance:g}",
+        held = {"table": "rivals", "name": row_name(entry.name, steps, guidance),
                 "model": LABELS[entry.name], "nfe": steps if guidance == 1 else 2 * steps,
                 "omega": guidance, "compute": entry.cost / chain_cost(run.flags, "cfm"),
                 "seed": run.flags.seed}
-        depends = (held, run.flags.eval_clips, run.flags.vocoder, run.data.key)
-        file = folder / f"{digest(entry.model, *depends)}.json"
-        if not file.exists():
-            held["figures"] = figures(run, table, entry, steps, guidance)
-            write_atomically(file, json.dumps(held, indent=1).encode())
-        found.append(json.loads(file.read_text()))
+        name = digest(entry.model, held, run.flags.eval_clips, run.flags.vocoder, run.data.key)
+
+        def measured() -> dict:
+            return {**held, "figures": figures(run, table, entry, steps, guidance)}
+
+        found.append(kept_row(folder / f"{name}.json", measured))
     return found
+
+
+def row_name(name: str, steps: int, guidance: float) -> str:
+    return f"{LABELS[name]}, {steps}, ω = {guidance:g}"
 
 
 def validation(run: Run) -> Run:
@@ -126,7 +131,7 @@ def tune(run: Run, name: str, share: float) -> None:
 
 
 def compare(flags: train.Flags, seeds: int) -> list[dict]:
-    """Train and measure everything for every seed; write rivals.json; the rows."""
+    """Train and measure everything for every seed, write rivals.json -> the rows."""
     out, rows = Path(flags.out), []
     (out / "rows").mkdir(parents=True, exist_ok=True)
     for seed in range(seeds):
@@ -134,8 +139,9 @@ def compare(flags: train.Flags, seeds: int) -> list[dict]:
             table = evaluate.new_table(run)
             for entry in entries(run):
                 rows += measure(run, entry, table, out / "rows")
-            held = {"rows": rows, "table": summary(rows), "flags": asdict(flags),
-                    "hardware": evaluate.hardware(run.device), "after_cfm": after_cfm(flags)}
+            held = {"rows": rows, "table": summary(rows), "claims": judge_claims(rows),
+                    "flags": asdict(flags), "hardware": evaluate.hardware(run.device),
+                    "after_cfm": after_cfm(flags)}
             write_atomically(out / "rivals.json", json.dumps(held, indent=1).encode())
     return rows
 
@@ -172,7 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     flags = flags_of(given)
     if given.tune is None:
-        return print_table(compare(flags, given.seeds))
+        rows = compare(flags, given.seeds)
+        print_table(rows)
+        return print_claims(judge_claims(rows))
     flags = replace(flags, seed=given.seed, out=str(Path(given.out) / f"seed{given.seed}"))
     with train.open_run(flags) as run:
         tune(run, given.tune, given.share)
