@@ -81,19 +81,45 @@ def plus_minus(value: float, error: float | None) -> str:
 
 def print_tables(tables: dict, claims: list[dict]) -> None:
     for table, rows in tables.items():
-        columns = list(dict.fromkeys(chain(*rows.values())))
-        print(f"\n{table:32}", *(f"{column:>21}" for column in columns))
-        for name, figures in rows.items():
-            cells = [plus_minus(*figures[c][:2]) if c in figures else "-" for c in columns]
-            print(f"{name:32}", *(f"{cell:>21}" for cell in cells))
-    print("\nmean ± standard error over seeds")
+        print(markdown(table_of(table, rows)), end="\n\n")
+    print("mean ± standard error over seeds\n")
     print_claims(claims)
 
 
 def print_claims(claims: list[dict]) -> None:
-    print("\nOne less the other, ± half of a 95% interval of the mean over seeds:\n")
+    print(markdown(claims_of(claims)))
+    print("\none less the other, ± half of a 95% interval of the mean, seeds paired")
+
+
+def table_of(table: str, rows: dict) -> list[list[str]]:
+    """A line for each row and a column for each figure, or the other way where that is longer."""
+    columns = list(dict.fromkeys(chain(*rows.values())))
+    lines = [[table, *columns]]
+    for name, figures in rows.items():
+        cells = [plus_minus(*figures[c][:2]) if c in figures else "-" for c in columns]
+        lines.append([name, *cells])
+    if len(columns) > len(rows):
+        lines = [list(line) for line in zip(*lines)]
+    return lines
+
+
+def claims_of(claims: list[dict]) -> list[list[str]]:
+    lines = [["claim", "figure", "one", "other", "difference", "in the paper", "verdict"]]
     for claim in claims:
-        ours, theirs = claim["ours"]
+        figures = dict.fromkeys((claim["figure"], claim["figure of the other"]))
+        ours = [f"{value:.3g}" for value in claim["ours"]]
         gap = plus_minus(claim["difference"], claim["interval"])
-        print(f"{claim['claim']:40} {claim['figure']}: {ours:.3g}, {theirs:.3g}; difference {gap}; "
-              f"paper {claim['paper'] or '-'}: {claim['verdict']}")
+        lines.append([claim["claim"], "; ".join(figures), *ours, gap, claim["paper"] or "-",
+                      claim["verdict"]])
+    return lines
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """A table in Markdown, its columns aligned; the first line names them."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rule = ["-" * width for width in widths]
+    texts = []
+    for line in (lines[0], rule, *lines[1:]):
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        texts.append(f"| {' | '.join(cells)} |")
+    return "\n".join(texts)

@@ -27,7 +27,8 @@ from evaluation.judges import is_toy
 from experiments.ablate import Row, flags_of, new_parser, train_row
 from experiments.rivals import consistency, diffusion, direct, meanflow
 from experiments.rivals.shared import after_cfm, chain_cost
-from experiments.tables import judge_claims, kept_row, plus_minus, print_claims, summary
+from experiments.tables import (
+    judge_claims, kept_row, markdown, plus_minus, print_claims, summary)
 from flashaudio import FlashAudio, InputError
 from runs.cache import digest, write_atomically
 from runs.run import Run, one_line_errors
@@ -160,13 +161,10 @@ def table_of(rows: list[dict]) -> list[list[str]]:
 
 
 def print_table(rows: list[dict]) -> None:
-    lines = table_of(rows)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    print(markdown(table_of(rows)))
     print(f"\n{len({row['seed'] for row in rows})} seeds, mean ± standard error. compute: of "
           "training, in CFMs. ω: when sampling; the\nfew-step models have theirs in their weights. "
-          "straightness: of 24 steps. rtf: text to waveform, batch 64")
+          "straightness: of 24 steps. rtf: text to waveform, batch 64\n")
 
 
 def main(argv: list[str] | None = None) -> None:
