@@ -366,6 +366,11 @@ def test_the_published_table_is_that_of_its_rows():
     assert tables.markdown(tables.claims_of(held["claims"])) in page
     lines = runner.table_of(held["rows"])
     assert tables.markdown(lines) in page
+    readme = (ROOT / "README.md").read_text()
+    ours = [line for line in lines if line[0] in ("CFM", "2-RF", "FlashAudio, distilled")]
+    assert len(ours) == 6
+    for line in ours:                           # fd, accuracy, straightness
+        assert f"| {line[3]} | {line[5]} | {line[7]} |" in readme
     fds = [held["table"]["rivals"][name]["fd"][0] for name in held["table"]["rivals"]]
     shown = [float(line[3].split()[0]) for line in lines[1:]]
     assert shown == [float(f"{fd:.3g}") for fd in sorted(fds)]
