@@ -185,10 +185,15 @@ def print_table(results: dict) -> None:
           "and evaluation")
 
 
+def markdown_table(lines: list) -> str:
+    """Lines of cells as a table in Markdown; the first line names the columns."""
+    rule = ["-" * len(cell) for cell in lines[0]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
+
+
 def model_card(stage: str, results: dict) -> str:
     """README.md of a model: how to load it, and the table of its run. Holds no local path."""
-    lines = [COLUMNS, ["---"] * len(COLUMNS), *map(cells, results["rows"])]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = markdown_table([COLUMNS, *map(cells, results["rows"])])
     return CARD.format(stage=stage, steps=1 if stage == "distill" else 24, table=table,
                        judge=results["rows"][0]["judge"], remarks=" ".join(results["remarks"]),
                        preset=results["config"]["preset"], seed=results["seed"])

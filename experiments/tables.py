@@ -12,6 +12,7 @@ from typing import Callable
 import numpy as np
 from scipy import stats
 
+from evaluation.evaluate import markdown_table
 from runs.cache import write_atomically
 
 
@@ -117,9 +118,7 @@ def claims_of(claims: list[dict]) -> list[list[str]]:
 def markdown(lines: list[list[str]]) -> str:
     """A table in Markdown, its columns aligned; the first line names them."""
     widths = [max(map(len, column)) for column in zip(*lines)]
-    rule = ["-" * width for width in widths]
-    texts = []
-    for line in (lines[0], rule, *lines[1:]):
-        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
-        texts.append(f"| {' | '.join(cells)} |")
-    return "\n".join(texts)
+    aligned = []
+    for line in lines:
+        aligned.append([cell.ljust(width) for cell, width in zip(line, widths)])
+    return markdown_table(aligned)

@@ -165,6 +165,7 @@ def print_table(rows: list[dict]) -> None:
     print(f"\n{len({row['seed'] for row in rows})} seeds, mean ± standard error. compute: of "
           "training, in CFMs. ω: when sampling; the\nfew-step models have theirs in their weights. "
           "straightness: of 24 steps. rtf: text to waveform, batch 64\n")
+    print_claims(judge_claims(rows))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -176,9 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     flags = flags_of(given)
     if given.tune is None:
-        rows = compare(flags, given.seeds)
-        print_table(rows)
-        return print_claims(judge_claims(rows))
+        return print_table(compare(flags, given.seeds))
     flags = replace(flags, seed=given.seed, out=str(Path(given.out) / f"seed{given.seed}"))
     with train.open_run(flags) as run:
         tune(run, given.tune, given.share)
