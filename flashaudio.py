@@ -1,8 +1,15 @@
 """FlashAudio in one file: text to audio in one step with rectified flows.
 
-Liu et al., ACL 2025, arXiv 2410.12266. A caption becomes a context, Gaussian noise becomes the
-latent of a mel spectrogram by following a velocity field, the latent a mel, the mel a waveform. A
-flow that is trained in the usual way bends, so it takes many small steps to follow. Here the same
+Liu et al., ACL 2025, arXiv 2410.12266. The shapes are those of the toy model:
+
+    "a bell, then rain" ──TextEncoder──► context c (B, 16, 128) ─────────┐
+    wav (B, 32768) ──mel──► (B, 80, 128) ──MelVAE──► z1 (B, 20, 32)      │     training
+                                                     │                   ▼
+    noise z0 (B, 20, 32) ──────────────────► z_t = (1 - t) z0 + t z1 ──► DiT ──► v, near z1 - z0
+
+    noise z0 ──► z + v(z, t, c) / T, T times ──► z1 ──MelVAE──► mel ──vocoder──► wav    sampling
+
+A flow that is trained in the usual way bends, so it takes many small steps to follow. Here the same
 network is trained three times more, until one step is enough:
 
     CFM        flow matching: noise and data paired at random                      24 steps
@@ -17,16 +24,25 @@ Notation:
     B batch   C latent channels   L latent frames   T mel frames   N text tokens   D context width
 Time runs from noise (0) to data (1). SD3, MeanFlow and TangoFlux run it the other way.
 
-From the paper to the code:
-    Eq. 4, 5, 12  rectified flow, reflow          rectified_flow_loss
-    Eq. 6-7       logit-normal timesteps (1-RF)   logit_normal
-    Eq. 8         Mix-Exp timesteps (2-RF)        mix_exp
-    Eq. 9         immiscible pairing              immiscible_pairing
-    Eq. 10-11     anchored optimisation           anchored_cfg_loss, anchored_sample, make_couplings
-    Eq. 13        one-step distillation           distill_loss
-    Eq. 14        Euler sampling                  euler_sample
-    Fig. 2        straightness S(Z)               straightness
-    Algorithm 1   the order of the stages         main() in train.py
+From the paper to the code, and why:
+    Eq. 4   rectified_flow_loss   Where the lines of two pairs cross, at one z_t, the network can
+                                  only learn the mean of both velocities: that is why paths bend.
+    Eq. 6-7 logit_normal          Lines cross in the middle, so the 1-RF draws t there more often.
+    Eq. 9   immiscible_pairing    Near noise makes lines shorter, and fewer of them cross. But the
+                                  noise of a caption is then no longer N(0, I), which sampling
+                                  draws: on the toy it is worse at ω = 1 and better at ω = 3.
+    Eq. 11  make_couplings        A flow's own pairs never cross: each noise has one sample.
+    Eq. 10  anchored_cfg_loss     Guidance leads away from the flow's own paths. The anchor holds it
+                                  back, and must stop early: converged, v(∅) = v(c), and the
+                                  guidance is gone.
+    Eq. 5, 12  rectified_flow_loss   on these pairs is the reflow: nothing crosses, so it can
+                                  learn straight paths.
+    Eq. 8   mix_exp               A straight path is decided at its ends: at t = 0, where the
+                                  network sees noise alone, and at t = 1, where the details are.
+    Eq. 13  distill_loss          One step asks for v at t = 0 alone, so this trains nothing else.
+    Eq. 14  euler_sample          Straight paths need one step, bent ones many.
+    Fig. 2  straightness          How much velocities differ from the way that they add up to.
+    Algorithm 1                   The order of the stages: main() in train.py.
 """
 
 from __future__ import annotations
@@ -36,7 +52,7 @@ import math
 import unicodedata
 import warnings
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -44,7 +60,7 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, snapshot_download
+from huggingface_hub import ModelCard, PyTorchModelHubMixin, snapshot_download
 from torch import Tensor, nn
 
 SAMPLE_RATE = 16_000  # Hz, Table 3
@@ -94,6 +110,11 @@ def immiscible_pairing(z0: Tensor, z1: Tensor) -> Tensor:
     return z0[torch.from_numpy(column).to(z0.device)]
 
 
+def no_pairing(z0: Tensor, z1: Tensor) -> Tensor:
+    """Noise and data as they come, paired at random: flow matching."""
+    return z0
+
+
 def rectified_flow_loss(model: Velocity, z0: Tensor, z1: Tensor, t: Tensor, context: Tensor,
                         sigma_min: float = 0.0) -> Tensor:
     """Eq. 4, and on couplings Eq. 5 and 12: E || (z1 - z0) - v(z_t, t, c) ||² -> scalar.
@@ -111,41 +132,38 @@ def distill_loss(model: Velocity, z0: Tensor, z1: Tensor, context: Tensor) -> Te
     return F.mse_loss(model(z0, z0.new_zeros(len(z0)), context), z1 - z0)
 
 
-def guided_velocity(model: Velocity, z: Tensor, t: Tensor, context: Tensor, null: Tensor | None,
-                    guidance: float) -> Tensor:
-    """v_cfg = v(z, t, ∅) + ω (v(z, t, c) - v(z, t, ∅)); ω = 1 is v(z, t, c), at half the cost.
-
-    z (B, ...), t (B,), context and null (B, N, D).
-    """
-    if guidance == 1.0:
-        return model(z, t, context)
-    both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([null, context]))
-    v_null, v_cond = both.chunk(2)
+def cfg(v_null: Tensor, v_cond: Tensor, guidance: float) -> Tensor:
+    """Classifier-free guidance: v_cfg = v(z, t, ∅) + ω (v(z, t, c) - v(z, t, ∅))."""
     return v_null + guidance * (v_cond - v_null)
 
 
+def guided_velocity(model: Velocity, z: Tensor, t: Tensor, context: Tensor, null: Tensor | None,
+                    guidance: float) -> Tensor:
+    """v_cfg at z (B, ...), t (B,), context and null (B, N, D); ω = 1 takes half the evaluations."""
+    if guidance == 1.0:
+        return model(z, t, context)
+    both = model(torch.cat([z, z]), torch.cat([t, t]), torch.cat([null, context]))
+    return cfg(*both.chunk(2), guidance)
+
+
+def time_grid(steps: int) -> Tensor:
+    """0, 1/T .. 1 -> (steps + 1,) float32, rounded as the public sampler's linspace rounds them."""
+    dt = torch.tensor(1 / steps, dtype=torch.float32).double()
+    i = torch.arange(steps + 1)
+    return torch.where(2 * i < steps, i * dt, 1 - (steps - i) * dt).float()
+
+
 def euler_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | None = None,
-                 steps: int = 1, guidance: float = 1.0, return_trajectory: bool = False,
-                 integer_time: bool = False) -> Tensor:
+                 steps: int = 1, guidance: float = 1.0, return_trajectory: bool = False) -> Tensor:
     """Eq. 14: z_{t + 1/T} = z_t + v(z_t, t, c) / T, from noise z0 (B, ...) to data (B, ...).
 
-    return_trajectory: all of z_0 .. z_1 instead, (steps + 1, B, ...). integer_time: hand the
-    network t rounded down to thousandths, as the public sampler does.
+    return_trajectory: all of z_0 .. z_1 instead, (steps + 1, B, ...).
     """
     z, trajectory = z0, [z0]
-    for i in range(steps):
-        time = whole_thousandths(i, steps) if integer_time else i / steps
-        t = torch.full((len(z),), time, device=z.device)        # float32, also for a z of bf16
-        z = z + guided_velocity(model, z, t, context, null, guidance) / steps
+    for t in time_grid(steps)[:-1].to(z.device):
+        z = z + guided_velocity(model, z, t.expand(len(z)), context, null, guidance) / steps
         trajectory.append(z)
     return torch.stack(trajectory) if return_trajectory else z
-
-
-def whole_thousandths(i: int, steps: int) -> float:
-    """i / steps rounded down to thousandths, with the rounding of the public float32 linspace."""
-    dt = torch.tensor(1 / steps).item()             # float32
-    t = i * dt if 2 * i < steps else 1 - (steps - i) * dt           # linspace counts from both ends
-    return (1000 * torch.tensor(t)).floor().item() / 1000
 
 
 def anchored_cfg_loss(anchor: Tensor, z: Tensor, v_cond: Tensor, v_null: Tensor,
@@ -155,7 +173,7 @@ def anchored_cfg_loss(anchor: Tensor, z: Tensor, v_cond: Tensor, v_null: Tensor,
     anchor is z*_{t + dt} of the unguided path; all tensors (B, ...). The loss is zero where
     v_null = v_cond and z is on that path.
     """
-    v_cfg = v_null + guidance * (v_cond - v_null)
+    v_cfg = cfg(v_null, v_cond, guidance)
     return (anchor - (z + dt * v_cfg)).pow(2).flatten(1).mean(1)
 
 
@@ -163,26 +181,33 @@ def anchored_cfg_loss(anchor: Tensor, z: Tensor, v_cond: Tensor, v_null: Tensor,
 def optimise_null(model: Velocity, null: Tensor, anchor: Tensor, z: Tensor, t: Tensor,
                   v_cond: Tensor, guidance: float, dt: float, iterations: int, lr: float,
                   enough: float) -> tuple[Tensor, Tensor]:
-    """Move ∅_t (B, N, D) by Adam until each sample's Eq. 10 is `enough` -> ∅_t, v(z, t, ∅_t)."""
-    null = null.clone().requires_grad_(True)
-    v_null = torch.empty_like(z)
-    optimizer = torch.optim.Adam([null], lr=lr)
-    busy = torch.arange(len(z), device=z.device)    # a sample that is near enough leaves the batch
-    for iteration in range(iterations + 1):         # the last one evaluates v(z, t, ∅_t) alone
+    """Move ∅_t (B, N, D) by Adam until each sample's Eq. 10 is `enough` -> ∅_t, v(z, t, ∅_t).
+
+    The rate is in units of the root mean square of ∅_t. Padding, tokens of zeros, stays padding. A
+    sample stops where a step would not lower its Eq. 10.
+    """
+    there = (null != 0).any(2, keepdim=True)                                    # (B, N, 1)
+    unit = there * null.norm(dim=(1, 2), keepdim=True)
+    unit = unit / (there.sum(1, keepdim=True) * null.shape[2]).sqrt()
+    way = torch.zeros_like(null).requires_grad_(True)
+    optimizer = torch.optim.Adam([way], lr=lr)
+    best, v_best = null.clone(), torch.full_like(z, math.nan)
+    least = z.new_full((len(z),), math.inf)
+    for iteration in range(iterations + 1):         # the last one evaluates Eq. 10 alone
         with torch.set_grad_enabled(iteration < iterations):
-            v = model(z[busy], t[busy], null[busy])
-            loss = anchored_cfg_loss(anchor[busy], z[busy], v_cond[busy], v, guidance, dt)
-        v_null[busy] = v.detach()
-        far = loss.detach() >= enough
+            moved = null + unit * way
+            v_null = model(z, t, moved)
+            loss = anchored_cfg_loss(anchor, z, v_cond, v_null, guidance, dt)
+        better = loss < least
+        best[better] = moved[better]
+        v_best[better] = v_null[better]
+        least[better] = loss[better]
+        far = better & (loss >= enough)
         if iteration == iterations or not far.any():
             break
-        null.grad, = torch.autograd.grad(loss, null, far.float())   # each sample has its own ∅
-        busy = busy[far]
-        kept = null.clone()
-        optimizer.step()                            # moves the others too, by their momentum
-        kept[busy] = null[busy]
-        null.copy_(kept)
-    return null.detach(), v_null
+        way.grad, = torch.autograd.grad(loss, way, far.to(loss))        # each sample has its own ∅
+        optimizer.step()
+    return best, v_best
 
 
 @torch.no_grad()
@@ -200,14 +225,14 @@ def anchored_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, 
     dt = 1 / steps
     v_cond = (anchor[1] - z0) / dt                  # at t = 0 the anchor has evaluated it
     z, trajectory = z0, [z0]
-    for i in range(steps):
-        t = torch.full((len(z),), i * dt, device=z.device)
+    for i, t in enumerate(time_grid(steps)[:-1].to(z.device)):
+        t = t.expand(len(z))
         if i > 0:
             v_cond = model(z, t, context)
         enough = tolerance * (1 + 100 * i * dt) * (50 * dt) ** 2
         null, v_null = optimise_null(model, null, anchor[i + 1], z, t, v_cond, guidance, dt,
                                      anchor_steps, lr * (1 - i * dt / 2), enough)
-        z = z + dt * (v_null + guidance * (v_cond - v_null))
+        z = z + dt * cfg(v_null, v_cond, guidance)
         trajectory.append(z)
     return torch.stack(trajectory) if return_trajectory else z
 
@@ -356,6 +381,32 @@ class MelVAE(nn.Module):
         self.quant_conv = nn.Conv1d(2 * config.z_channels, 2 * config.embed_dim, 1)
         self.post_quant_conv = nn.Conv1d(config.embed_dim, config.z_channels, 1)
 
+    @torch.no_grad()
+    def start(self) -> None:
+        """First weights: each kernel keeps the size of what comes in, residual branches start at 0.
+
+        With torch's own, latents start with a std of 0.2 under noise of std 1, and the decoder
+        hardly hears them. Here the posterior starts with a std of 0.14.
+        """
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv1d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+                nn.init.zeros_(layer.bias)
+        for layer in self.modules():
+            if isinstance(layer, ResidualBlock):
+                nn.init.zeros_(layer.conv2.weight)
+            if isinstance(layer, FrameAttention):
+                nn.init.zeros_(layer.proj_out.weight)
+        width = self.post_quant_conv.in_channels
+        nn.init.zeros_(self.quant_conv.weight[width:])
+        nn.init.constant_(self.quant_conv.bias[width:], -4.0)       # log-variance
+
+    @torch.no_grad()
+    def center(self, mean: Tensor) -> None:
+        """Let an untrained VAE begin at the mean (80,) of the log10 mels to come."""
+        self.encoder.conv_in.bias -= self.encoder.conv_in.weight.sum(2) @ mean
+        self.decoder.conv_out.bias.copy_(mean)
+
     def encode(self, mel: Tensor) -> tuple[Tensor, Tensor]:
         """log10 mel (B, 80, T) -> mean and log-variance of the posterior, each (B, C, L)."""
         mean, logvar = self.quant_conv(self.encoder(mel)).chunk(2, dim=1)
@@ -380,15 +431,22 @@ def vae_loss(vae: MelVAE, mel: Tensor, noise: Tensor, kl_weight: float) -> Tenso
 
 @dataclass
 class TextConfig:
-    """"bytes" is trained here, "none" is given contexts; pretrained/text.py has "make-an-audio", of
-    public checkpoints, and under any other name a frozen text model of transformers."""
-    encoder: str = "bytes"
+    encoder: str = "bytes"                        # "none", of TEXT_ENCODERS, or of transformers
     max_length: int = 128                         # bytes or tokens; longer captions are cut
     layers: int = 4                               # of the byte encoder; its width is context_dim
     heads: int = 8
     bert: dict = field(default_factory=dict)      # make-an-audio: sizes in transformers' names
     t5: dict = field(default_factory=dict)
     tokenizers: tuple[str, ...] = ()              # make-an-audio: hub ids or folders
+
+
+def clean_text(text: str) -> str:
+    """A caption or prompt as models read it: NFC, as people type, and no control characters.
+
+    macOS hands out names in which é is two letters.
+    """
+    text = unicodedata.normalize("NFC", text)
+    return "".join(" " if unicodedata.category(x) == "Cc" else x for x in text).strip()
 
 
 class TextEncoder(nn.Module):
@@ -450,17 +508,74 @@ class TextEncoder(nn.Module):
         return torch.stack(buckets, -1)
 
 
+def hub_model(auto: type, source: str, **how):
+    """auto.from_pretrained(source), a folder or hub id; runs no code that comes with it.
+
+    Raises InputError, in one line, for what cannot be loaded.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_absolute() and not folder.is_dir():
+        raise InputError(f"{source}: this folder of a model is needed, and is not there")
+    try:
+        return auto.from_pretrained(str(folder), trust_remote_code=False, **how)
+    except Exception as e:                          # transformers and the hub have many
+        cause = (str(e) or type(e).__name__).splitlines()[0]
+        raise InputError(f"{source}: not loaded by {auto.__name__} ({cause})") from e
+
+
+def pretrained_width(source: str) -> int:
+    """Width D of the token states of a transformers text model."""
+    from transformers import AutoConfig
+    config = hub_model(AutoConfig, source)
+    return getattr(config, "text_config", config).hidden_size
+
+
+class PretrainedText(nn.Module):
+    """A frozen text model of transformers (CLAP's text tower, T5, BERT ...) -> its token states.
+
+    Padding is masked inside the model, as in its own training, and its states are set to zero. The
+    model is no submodule: its weights are not ours to save again with every stage.
+    """
+    trained = False
+
+    def __init__(self, config: TextConfig, width: int):
+        super().__init__()
+        from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, ClapTextModel
+        kind = hub_model(AutoConfig, config.encoder).model_type
+        loader = ClapTextModel if kind.startswith("clap") else AutoModelForTextEncoding
+        model = hub_model(loader, config.encoder).eval().requires_grad_(False)
+        self.frozen = [model]
+        self.tokenizer = hub_model(AutoTokenizer, config.encoder)
+        self.max_length = config.max_length
+
+    def _apply(self, fn, recurse: bool = True):     # .to(device) reaches the model all the same
+        self.frozen[0]._apply(fn)
+        return super()._apply(fn, recurse)
+
+    def tokenize(self, captions: list[str]) -> Tensor:
+        """Captions -> ids and mask, (B, 2, N)."""
+        held = self.tokenizer(captions, padding="max_length", truncation=True,
+                              max_length=self.max_length, return_tensors="pt")
+        return torch.stack([held.input_ids, held.attention_mask], 1)
+
+    def forward(self, captions: list[str] | Tensor) -> Tensor:
+        """Captions, or what `tokenize` returns -> context (B, N, D)."""
+        model = self.frozen[0]
+        ids = captions if isinstance(captions, Tensor) else self.tokenize(captions)
+        ids, mask = ids.to(model.device).unbind(1)
+        return model(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+
+
+TEXT_ENCODERS: dict[str, type] = {"bytes": TextEncoder}     # a fork adds its own
+
+
 def text_encoder(config: TextConfig, width: int) -> nn.Module | None:
     """The text encoder that `config.encoder` names, with contexts of `width`; None for "none"."""
     if config.encoder == "none":
         return None
-    kind = TEXT_ENCODERS.get(config.encoder) or TEXT_ENCODERS.get("transformers")
-    if kind is None:
-        raise InputError(f"text encoder '{config.encoder}': `import pretrained.text` first")
-    return kind(config, width)
-
-
-TEXT_ENCODERS: dict[str, type] = {"bytes": TextEncoder}     # and pretrained/text.py's
+    if config.encoder == "make-an-audio" and config.encoder not in TEXT_ENCODERS:
+        raise InputError("the text stage of Make-An-Audio: `import pretrained.make_an_audio` first")
+    return TEXT_ENCODERS.get(config.encoder, PretrainedText)(config, width)
 
 
 # ---- DiT: the velocity v(z_t, t, c) --------------------------------------------------------------
@@ -475,6 +590,7 @@ class DiTConfig:
     depth: int = 16                               # blocks
     max_len: int = 1000                           # longest latent, frames, of the position table
     absolute_positions: bool = False              # tell each frame its place too; see DiT
+    integer_time: bool = False                    # round 1000 t down, as the public code does
 
 
 def turns(angle: Tensor) -> Tensor:
@@ -563,7 +679,8 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """t (B,) in 0..1000 -> (B, width)."""
-        frequency = torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)
+        place = torch.arange(128, dtype=torch.float32, device=t.device)
+        frequency = torch.exp(-math.log(10000) * place / 128)
         angle = t[:, None] * frequency              # float32 at least: bf16 has no room for 1000 t
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
         return self.mlp(features.to(self.mlp[0].weight.dtype))
@@ -592,6 +709,7 @@ class DiT(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         c, width = config, config.hidden_size
+        self.integer_time = c.integer_time
         self.t_embedder = TimeEmbedder(width)
         self.cap_embedder = nn.Sequential(nn.LayerNorm(c.context_dim),
                                           nn.Linear(c.context_dim, width))
@@ -609,18 +727,19 @@ class DiT(nn.Module):
                     nn.init.zeros_(layer.bias)
         for layer in (*self.blocks, self.final_layer):
             nn.init.zeros_(layer.adaLN_modulation[1].weight)
+        for block in self.blocks:                   # half open gates learn sooner than closed ones
+            nn.init.constant_(block.attention.gate, 0.5)
+            nn.init.constant_(block.adaLN_modulation[1].bias.detach().view(6, -1)[2::3], 0.5)
         nn.init.zeros_(self.final_layer.linear.weight)      # an untrained network returns 0
         for i in (0, 2):
             nn.init.normal_(self.t_embedder.mlp[i].weight, std=0.02)
 
     def forward(self, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """z (B, C, L), t (B,) in [0, 1], context (B, N, D) -> velocity (B, C, L)."""
-        length = z.shape[-1]
-        if length > self.rope.shape[1]:
-            raise InputError(f"{length} latent frames, but the position table ends at "
-                             f"{self.rope.shape[1]}")
+        length = z.shape[-1]                        # at most max_len
         rope = self.rope[:, :length]
-        c = self.t_embedder(1000 * t) + self.cap_embedder(context.mean(1))      # (B, width)
+        time = (1000 * t).floor() if self.integer_time else 1000 * t
+        c = self.t_embedder(time) + self.cap_embedder(context.mean(1))          # (B, width)
         x = self.proj_in(z.transpose(1, 2)) + self.places[:length]              # (B, L, width)
         for block in self.blocks:
             x = block(x, c, context, rope)
@@ -636,7 +755,6 @@ class FlashAudioConfig:
     dit: DiTConfig = field(default_factory=DiTConfig)
     text: TextConfig = field(default_factory=TextConfig)
     frames: int = 624                             # mel frames T in training; 624 = 9.984 s (§4.1)
-    integer_time: bool = False                    # sample at whole thousandths of t, as is public
     stage: str = ""                               # of training: vae, cfm, rf1, rf2, distill
 
     def __post_init__(self):
@@ -647,7 +765,7 @@ class FlashAudioConfig:
                 setattr(self, name, kind(**plain))
 
 
-PRESETS: dict[str, FlashAudioConfig] = {
+SIZES: dict[str, FlashAudioConfig] = {
     # ours: 2.048 s, 4M parameters, trained on a laptop CPU in minutes
     "toy": FlashAudioConfig(
         VAEConfig(channels=64, channel_mult=(1, 1, 1), res_blocks=1, down_levels=(0, 1),
@@ -684,7 +802,7 @@ def mel_spectrogram(wav: Tensor) -> Tensor:
         raise InputError(f"a clip of {wav.shape[-1]} samples is too short for a mel spectrogram "
                          f"(at least {pad + 1})")
     wav = F.pad(wav.clamp(-1, 1)[:, None], (pad, pad), mode="reflect")[:, 0]
-    window = torch.hann_window(N_FFT, device=wav.device)
+    window = torch.hann_window(N_FFT, device=wav.device, dtype=torch.float32)
     spectrum = torch.stft(wav, N_FFT, HOP, window=window, center=False, return_complex=True)
     magnitude = (spectrum.real ** 2 + spectrum.imag ** 2 + 1e-9).sqrt()         # (B, 513, T)
     return (mel_basis(str(wav.device)) @ magnitude).clamp(min=1e-5).log10()
@@ -705,16 +823,26 @@ def griffin_lim(mel: Tensor, iterations: int = 8) -> Tensor:
     """log10 mel (B, 80, T) -> waveform (B, 256 T) in [-1, 1], by the fast Griffin-Lim algorithm."""
     from torchaudio.functional import griffinlim            # from zero phase: the mel decides all
     magnitude = F.pad(mel_to_magnitude(mel), (0, 1), mode="replicate")  # T + 1 frames span 256 T
-    wav = griffinlim(magnitude, torch.hann_window(N_FFT, device=mel.device), N_FFT, HOP, N_FFT,
-                     power=1.0, n_iter=iterations, momentum=0.99, length=None, rand_init=False)
+    window = torch.hann_window(N_FFT, device=mel.device, dtype=torch.float32)
+    wav = griffinlim(magnitude, window, N_FFT, HOP, N_FFT, power=1.0, n_iter=iterations,
+                     momentum=0.99, length=None, rand_init=False)
     return F.pad(wav, (HOP // 2, -HOP // 2)).clamp(-1, 1)   # frames at 256 i -> at 256 i + 128
 
 
 # ---- 4. FlashAudio: the whole model --------------------------------------------------------------
 
+def autocast(device: torch.device) -> torch.autocast:
+    """`with autocast(device):` computes in bf16 on a GPU that is made for it, else in float32."""
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+
 class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
                  pipeline_tag="text-to-audio", paper_url="https://arxiv.org/abs/2410.12266"):
     """VAE + text encoder + DiT + latent scale: latents are the VAE's x scale_factor, of std 1."""
+
+    sampler = staticmethod(euler_sample)            # a fork's model may have another
+    card = ""                                       # README.md, for the hub
 
     def __init__(self, config: FlashAudioConfig):
         super().__init__()
@@ -722,6 +850,7 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
         self.vae = MelVAE(config.vae)
         self.text = text_encoder(config.text, config.dit.context_dim)
         self.dit = DiT(config.dit)
+        self.vae.start()
         self.register_buffer("scale_factor", torch.ones(()))
         self.stride = 2 ** len(config.vae.down_levels)      # mel frames per latent frame
         self.vocoder: Callable[[Tensor], Tensor] = griffin_lim
@@ -736,7 +865,8 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
 
     def decode(self, z: Tensor) -> Tensor:
         """z1 (B, C, L) -> log10 mel (B, 80, T)."""
-        return self.vae.decode(z / self.scale_factor)
+        with autocast(self.device):
+            return self.vae.decode(z / self.scale_factor).to(self.scale_factor)
 
     def forward(self, z: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """v(z_t, t, c) -> (B, C, L); text: contexts (B, N, D), or captions as ids of `tokenize`."""
@@ -760,40 +890,36 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
         draws = []
         for i, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seed + prompts[:i].count(prompt))
-            draws.append(torch.randn(shape, generator=generator))
+            draws.append(torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu"))
         return torch.stack(draws).to(self.scale_factor)
 
     @torch.no_grad()
     def contexts(self, prompts: list[str]) -> Tensor:
         """Prompts -> context (B, N, D), at the precision that training had them."""
         with torch.autocast(self.device.type, enabled=False):
-            return self.text(prompts)
+            return self.text([clean_text(prompt) for prompt in prompts])
 
-    def check(self, prompts: str | list[str] | Tensor, steps: int = 1, guidance: float = 1.0,
-              seconds: float | None = None) -> list[str] | Tensor:
+    def check(self, prompts: str | list[str] | Tensor, steps: int, guidance: float,
+              seconds: float | None, seed: int | None) -> list[str] | Tensor:
         """The prompts as a list, or the context that they are. Raises InputError, in one line."""
         if not isinstance(steps, Integral) or steps < 1:
             raise InputError(f"steps is {steps!r}, must be a whole number of at least 1")
-        if not isinstance(guidance, Real) or not abs(guidance) < 1000:
+        if not isinstance(guidance, Real) or not math.isfinite(guidance):
             raise InputError(f"guidance is {guidance!r}: 1 is none, 3 is strong")
         if seconds is not None and not 0.03 <= seconds < 3600:
             raise InputError(f"seconds is {seconds:g}, must be at least 0.03 and below 3600")
+        if seed is not None and not 0 <= seed < 2 ** 31:
+            raise InputError(f"seed is {seed}, must be from 0 to {2 ** 31 - 1}")
         if self.text is None and (guidance != 1.0 or not isinstance(prompts, Tensor)):
             raise InputError("this model has no text stage: give it contexts, and no guidance")
         if isinstance(prompts, Tensor):
-            width = self.config.dit.context_dim
-            if prompts.dim() != 3 or 0 in prompts.shape or prompts.shape[2] != width:
-                raise InputError(f"a context of shape {tuple(prompts.shape)}: not (B, N, {width})")
             return prompts
-        prompts = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
-        if not prompts:
-            raise InputError("there is nothing to make: no prompts")
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts or [])
+        if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+            raise InputError("give a prompt, or a list of prompts: each is a text")
         for prompt in prompts:
-            if not isinstance(prompt, str):
-                raise InputError(f"a prompt is text, not {type(prompt).__name__}: {prompt!r}")
-            if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in prompt):
-                raise InputError(f"a prompt holds what is no text: {prompt!r}")
-            if isinstance(self.text, TextEncoder) and len(prompt.encode()) > self.text.max_length:
+            size = len(prompt.encode(errors="replace"))
+            if isinstance(self.text, TextEncoder) and size > self.text.max_length:
                 warnings.warn(f"only {self.text.max_length} bytes are read of: {prompt}")
         return prompts
 
@@ -803,21 +929,17 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
                        seed: int | None = None, z0: Tensor | None = None,
                        return_trajectory: bool = False) -> Tensor:
         """Prompts, or a context (B, N, D) -> z1 (B, C, L); arguments as in `generate`."""
-        prompts = self.check(prompts, steps, guidance, seconds)
+        prompts = self.check(prompts, steps, guidance, seconds, seed)
         count = len(prompts)
         if z0 is None:
             names = [""] * count if isinstance(prompts, Tensor) else prompts
             seed = torch.Generator().seed() % 2 ** 31 if seed is None else seed
             z0 = self.noise(names, seed, self.latent_shape(seconds))
-        needed = (count, self.config.vae.embed_dim)
-        if z0.dim() != 3 or z0.shape[:2] != needed or not z0.float().abs().mean() < math.inf:
-            raise InputError(f"z0 of shape {tuple(z0.shape)} is not finite noise {(*needed, 'L')}")
         context = prompts if isinstance(prompts, Tensor) else self.contexts(prompts)
         null = self.contexts([""]).expand(count, -1, -1) if guidance != 1.0 else None
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            z0, context = z0.to(self.scale_factor), context.to(self.scale_factor)
-            return euler_sample(self.dit, z0, context, null, steps, guidance, return_trajectory,
-                                self.config.integer_time)
+        z0, context = z0.to(self.scale_factor), context.to(self.scale_factor)
+        with autocast(self.device):
+            return self.sampler(self.dit, z0, context, null, steps, guidance, return_trajectory)
 
     @torch.no_grad()
     def generate(self, prompts: str | list[str] | Tensor, steps: int = 1, guidance: float = 1.0,
@@ -834,67 +956,28 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
         z = self.sample_latents(prompts, steps, guidance, seconds, seed, z0)
         return (vocoder or self.vocoder)(self.decode(z)).float()
 
+    def generate_model_card(self, *given, **named) -> ModelCard:
+        """README.md as save_pretrained and push_to_hub write it: the stage's own, if it has one."""
+        return ModelCard(self.card) if self.card else super().generate_model_card(*given, **named)
+
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str = "cpu", **hub) -> FlashAudio:
+    def from_pretrained(cls, source: str | Path, device: str = "cpu", *,
+                        revision: str | None = None, token: str | None = None) -> FlashAudio:
         """What save_pretrained wrote, from a folder or hub id, to evaluate. Raises InputError."""
         from safetensors.torch import load_model
-        folder = Path(source)
-        what = "not a readable model" if folder.is_dir() else "no such folder, nor on the hub"
+        folder = Path(source).expanduser()
+        what = "not a readable model" if folder.is_dir() else "no such folder, nor had from the hub"
         try:
             if not folder.is_dir():
-                folder = Path(snapshot_download(str(source), **hub))
-            weights = folder / "model.safetensors"
+                folder = Path(snapshot_download(str(source), revision=revision, token=token))
             config = FlashAudioConfig(**json.loads((folder / "config.json").read_text()))
-            check_size(config, weights.stat().st_size)
             model = cls(config)
-            load_model(model, weights)
+            load_model(model, folder / "model.safetensors")
         except Exception as e:                      # safetensors, JSON, torch and the hub have many
             cause = " ".join(str(e).split())[:400] or type(e).__name__
             if isinstance(e, FileNotFoundError) and e.filename:
                 what, cause = "no model here", f"{Path(e.filename).name} is missing"
             raise InputError(f"{source}: {what} ({cause})") from e
+        card = folder / "README.md"
+        model.card = card.read_text(encoding="utf-8") if card.exists() else ""
         return model.to(device).eval()
-
-
-def check_size(config: FlashAudioConfig, held: int) -> None:
-    """Refuse a config.json that promises far more than the `held` bytes of weights beside it."""
-    if config == replace(PRESETS["toy"], stage=config.stage):
-        return                                      # is small, and what follows takes a second
-    vae, dit, text = config.vae, config.dit, config.text
-    frozen = [text.bert.get("num_hidden_layers", 0), text.t5.get("num_layers", 0)]
-    if max(dit.depth, text.layers, vae.res_blocks, len(vae.channel_mult), *frozen) > 1000:
-        raise InputError("config.json describes more than 1000 layers")
-    if not 0 < config.frames < 2 ** 24:
-        raise InputError(f"config.json has clips of {config.frames} frames")
-    if text.encoder not in TEXT_ENCODERS:
-        config = replace(config, text=TextConfig("none"))       # these weights are not in the file
-    with torch.device("meta"):                      # sizes without memory
-        model = FlashAudio(config)
-    size = sum(x.numel() * x.element_size() for x in (*model.parameters(), *model.buffers()))
-    if size > 2 * held + 2 ** 26:
-        raise InputError(f"config.json describes {size} bytes, model.safetensors holds {held}")
-
-
-# ---- 5. Measures ---------------------------------------------------------------------------------
-
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Fréchet distance of Gaussians fitted to embeddings x (N, E), y (M, E) (Heusel et al.)."""
-    def root(cov: Tensor) -> Tensor:                # cov^(1/2)
-        values, vectors = torch.linalg.eigh(cov)
-        return vectors * values.clamp(min=0).sqrt() @ vectors.T
-
-    x, y = x.cpu().double(), y.cpu().double()       # MPS has no float64
-    cov_x, cov_y = x.T.cov(), y.T.cov()
-    cross = torch.linalg.svdvals(root(cov_x) @ root(cov_y)).sum()       # tr (cov_x cov_y)^(1/2)
-    distance = (x.mean(0) - y.mean(0)).pow(2).sum() + cov_x.trace() + cov_y.trace() - 2 * cross
-    return max(0.0, distance.item())                # rounding may go below
-
-
-def kl_divergence(log_p: Tensor, log_q: Tensor) -> float:
-    """Mean KL(p || q) in nats of paired log-posteriors (N, classes): p real clips, q generated."""
-    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
-
-
-def clap_score(audio: Tensor, text: Tensor) -> float:
-    """Mean cosine of paired CLAP embeddings of audio and caption, each (N, E)."""
-    return F.cosine_similarity(audio, text).mean().item()

@@ -11,42 +11,40 @@ listen to all of them, <out>/index.html.
 from __future__ import annotations
 
 import argparse
+import sys
+import time
 from pathlib import Path
 
+import torch
 
-def parse_flags(argv: list[str] | None = None) -> argparse.Namespace:
+from evaluation.listen import file_names, save_clip, write_page
+from flashaudio import SAMPLE_RATE, TEXT_ENCODERS, FlashAudio, InputError
+from pretrained import make_an_audio, vocoders
+from runs.run import find_device, one_line_errors
+
+TEXT_ENCODERS["make-an-audio"] = make_an_audio.MakeAnAudioText      # of models made with --init
+
+
+def parse_flags(argv: list[str] | tuple[str, ...] = ()) -> argparse.Namespace:
     parser = argparse.ArgumentParser("sample.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("prompts", nargs="*", help="what to hear")
-    add("--file", type=Path, help="read prompts from a text file, one per line")
+    add("--file", type=Path, help="text file of prompts, one per line")
     add("--model", default="", help="folder of a stage, or a hub id [the newest out/*/distill]")
     add("--steps", type=int, default=1, help="Euler steps [1]")
-    add("--guidance", type=float, default=1.0, help="scale; 1 is none, more doubles the NFE [1]")
-    add("--n", type=int, default=1, help="takes per prompt [1]")
-    add("--seconds", type=float, help="length in seconds [that of the training clips]")
+    add("--guidance", type=float, default=1.0, help="guidance scale; 1 is none, others take twice "
+        "the evaluations [1]")
+    add("--n", type=int, default=1, help="takes of each prompt [1]")
+    add("--seconds", type=float, help="length of a clip [that of the training clips]")
     add("--seed", type=int, default=0, help="take k of a prompt has the noise of seed + k [0]")
     add("--out", type=Path, default=Path("samples"), help="folder to write to [samples]")
-    add("--batch_size", type=int, help="clips at once [CPU: 1, same bits in any company; else 16]")
-    add("--device", default="auto", help="cpu, cuda, mps; auto: cuda where there is one [auto]")
-    add("--vocoder", default="griffin-lim",
-        help="griffin-lim, hifigan:<hub id or folder>, bigvgan:<folder> [griffin-lim]")
-    parser.error = lambda message: parser.exit(2, f"sample.py: {message}; --help lists the flags\n")
+    add("--batch_size", type=int, help="clips made at once; 1 gives the same bits in any company "
+        "[1 on a CPU, else 16]")
+    add("--device", default="auto", help="cpu, cuda or mps; auto is cuda where there is one [auto]")
+    add("--vocoder", default="griffin-lim", help="griffin-lim, hifigan:<hub id or folder> or "
+        "bigvgan:<folder> [griffin-lim]")
     return parser.parse_args(argv)
-
-
-if __name__ == "__main__":
-    FLAGS = parse_flags()       # before the heavy imports: --help and a slip answer at once
-
-import time
-
-import torch
-
-import pretrained.text  # noqa: F401, makes frozen text encoders known
-from evaluation.listen import file_names, save_clip, write_page
-from flashaudio import SAMPLE_RATE, FlashAudio, InputError
-from pretrained import vocoders
-from runs.run import find_device, one_line_errors
 
 
 def newest_model() -> Path:
@@ -61,32 +59,22 @@ def read_prompts(flags: argparse.Namespace) -> list[str]:
     """The prompts of the command line and of the file, each once."""
     prompts = list(flags.prompts)
     if flags.file:
-        if not flags.file.is_file():
-            raise InputError(f"{flags.file}: no such file of prompts")
         try:
-            prompts += flags.file.read_text(encoding="utf-8-sig").splitlines()
+            prompts += flags.file.expanduser().read_text(encoding="utf-8-sig").splitlines()
         except ValueError as e:
             raise InputError(f"{flags.file}: not a text file in UTF-8") from e
-    stripped = (prompt.strip() for prompt in prompts)
+    stripped = [prompt.strip() for prompt in prompts]
     prompts = list(dict.fromkeys(prompt for prompt in stripped if prompt))
     if not prompts:
         raise InputError('there is nothing to make: give a prompt, such as "a bell, then rain"')
     return prompts
 
 
-def check_flags(flags: argparse.Namespace) -> None:
-    for name in ("n", "batch_size"):
-        value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise InputError(f"--{name} is {value}, must be at least 1")
-    if not 0 <= flags.seed < 2 ** 31:
-        raise InputError(f"--seed is {flags.seed}, must be from 0 to {2 ** 31 - 1}")
-
-
 @torch.inference_mode()
 def main(flags: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")          # as in training
-    check_flags(flags)
+    if flags.n < 1 or (flags.batch_size or 1) < 1:
+        raise InputError("--n and --batch_size must be at least 1")
     prompts = read_prompts(flags)
     source = flags.model or newest_model()
     device = find_device(flags.device)
@@ -94,9 +82,9 @@ def main(flags: argparse.Namespace) -> None:
     model = FlashAudio.from_pretrained(source, str(device))
     if model.config.stage == "vae":
         raise InputError(f"{source} is a VAE without a trained flow: name a later stage")
-    model.check(prompts, flags.steps, flags.guidance, flags.seconds)
+    model.check(prompts, flags.steps, flags.guidance, flags.seconds, flags.seed + flags.n - 1)
     shape = model.latent_shape(flags.seconds)
-    flags.out.mkdir(parents=True, exist_ok=True)
+    out = flags.out.expanduser()
     nfe = flags.steps * (1 if flags.guidance == 1 else 2)
     how = f"{source}, NFE {nfe}, ω {flags.guidance:g}, seed {flags.seed}"
     print(how)
@@ -104,8 +92,8 @@ def main(flags: argparse.Namespace) -> None:
         print("a distilled model is made for --steps 1, every other stage for more")
     names = file_names(prompts)
     takes = [(prompt, k) for prompt in prompts for k in range(flags.n)]
-    size = flags.batch_size or (1 if device.type == "cpu" else 16)
     model.generate("", seconds=0.25, seed=0, vocoder=vocoder)       # warms up: a first call is slow
+    size = flags.batch_size or (1 if device.type == "cpu" else 16)
     clips = []
     for i in range(0, len(takes), size):
         batch = takes[i:i + size]
@@ -117,14 +105,14 @@ def main(flags: argparse.Namespace) -> None:
         seconds = wavs.shape[1] / SAMPLE_RATE
         for (prompt, k), wav in zip(batch, wavs):
             name = f"{names[prompt]}-{k}"
-            save_clip(flags.out / name, wav)
+            save_clip(out / name, wav)
             clips.append((prompt, f"take {k}", name))
-            print(f"{flags.out / name}.wav  {seconds:.2f} s of audio in {1000 * elapsed:.0f} ms, "
+            print(f"{out / name}.wav  {seconds:.2f} s of audio in {1000 * elapsed:.0f} ms, "
                   f"{seconds / elapsed:.0f} x real time")
-    page = write_page(flags.out, "flashaudio", how, clips, seconds)
+    page = write_page(out, "flashaudio", how, clips, seconds)
     print(f"{page}: all of them, to listen to in a browser")
 
 
 if __name__ == "__main__":
     with one_line_errors("sample.py"):
-        main(FLAGS)
+        main(parse_flags(sys.argv[1:]))

@@ -1,83 +1,117 @@
-"""Train FlashAudio, all of Algorithm 1:  vae -> cfm -> rf1 -> rf2 -> distill -> eval.
+"""Train FlashAudio, all of Algorithm 1:  vae -> cfm -> rf1 -> rf2 -> distill, then the table.
 
-    python train.py                                       the toy preset, on sounds it makes itself
-    python train.py --data my/manifest.csv --out out/my   your own sounds: audio_path,caption
+    python train.py                                 the toy set, on sounds that it makes itself
+    python train.py --data my_sounds --out out/my   a folder of sounds, or a CSV audio_path,caption
 
-Each stage leaves a loadable model in <out>/<stage>. A run that was interrupted continues when its
-command is repeated.
+Each stage leaves a model in <out>/<stage>. A finished stage is used as it is, one that was
+interrupted goes on, and a stage whose folder you delete is trained again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import argparse
+import inspect
+import io
+import json
+import math
+import os
+import re
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from pathlib import Path
+from typing import Callable
 
-from runs.flags import check_limits, flag, read_flags
+import numpy as np
+import torch
+from torch import Tensor
+
+import flashaudio as fa
+from data import toy
+from data.clips import Clips, batch_indices
+from evaluation.evaluate import evaluate
+from evaluation.judges import check_judge
+from evaluation.listen import draw_losses, hear
+from flashaudio import FlashAudio, InputError
+from pretrained import make_an_audio, vocoders
+from runs.cache import bar, blocks, cached, digest, write_atomically
+from runs.processes import average_gradients, barrier, join, rank_and_world
+from runs.run import Run, find_device, lock, name_of, one_line_errors, peak_memory
+
+PAIRINGS = {"immiscible": fa.immiscible_pairing, "none": fa.no_pairing}
 
 
 @dataclass
 class Flags:
-    """Defaults are the toy recipe; PRESETS has what the larger sizes change. A stage depends on the
-    flags that begin with its name or that of an earlier stage, and on those of every stage."""
-    preset: str = flag("toy", "size of the model", choices=("toy", "small", "base", "large"))
-    data: str = flag("toy", "a CSV with audio_path,caption[,split], a folder of sounds, or 'toy'")
-    windows: int = flag(4, "clips that a recording of several times the length becomes, at most")
-    out: str = flag("", "folder of the run; out/<preset> if not given")
-    init: str = flag("", "Make-An-Audio 3 in place of stages vae and cfm: a file or repo_id:path")
-    text: str = flag("bytes", "bytes, trained here, or a frozen text encoder (CLAP, T5, BERT ...), "
-                              "folder or hub id; with --init its tokenizers, 'BERT,T5'")
-    stage: str = flag("all", "one stage to run, trained anew if its settings have changed",
-                      choices=("all", "vae", "cfm", "rf1", "rf2", "distill", "eval"))
-    device: str = flag("auto", "cpu, cuda, cuda:1, mps; auto: cuda where there is one")
-    seed: int = flag(0, "of weights, noise and the order of the data", low=0, high=2**31)
+    """The defaults are the toy recipe; RECIPES has what others change. A stage depends on the flags
+    above its own last one, but for those that say where and how fast a run goes."""
+    size: str = "toy"               # size of the model, with its recipe: toy, small, base or large
+    data: str = "toy"               # folder of sounds, CSV with audio_path,caption[,split], or toy
+    windows: int = 4                # a long recording becomes at most so many clips
+    loop: bool = False              # repeat a short sound to a clip's length; else silence follows
+    out: str = ""                   # folder of the run; out/<size> if not given
+    init: str = ""                  # Make-An-Audio 3 file, or repo_id:path, in place of vae and cfm
+    text: str = "bytes"             # text encoder: bytes is trained here; else a folder or hub id
+    device: str = "auto"            # cpu, cuda, cuda:1 or mps; auto takes cuda where there is one
+    seed: int = 0                   # seed of weights, noise and the order of the data
     # every stage
-    batch_size: int = flag(16, "clips per step")                        # the paper: 4 GPUs x 16
-    grad_accum: int = flag(1, "parts of a step: less memory, the same gradient")
-    lr: float = flag(1.5e-3, "peak learning rate of cfm, rf2 and distill")
-    lr_end: float = flag(0.05, "learning rate at the end, in peaks; 1 is constant", high=1)
-    warmup: int = flag(50, "steps of linear warm-up")
-    grad_clip: float = flag(1.0, "largest gradient norm")               # public code
-    ema: float = flag(0.995, "decay of the weight average that is saved; 0 is off", high=1)
-    caption_dropout: float = flag(0.2, "share of captions replaced by ''", high=1)    # public code
+    batch_size: int = 16            # clips per step; the paper: 4 GPUs x 16
+    grad_accum: int = 1             # parts that a step is computed in: less memory, same gradient
+    lr: float = 1.5e-3              # peak learning rate of cfm, rf2 and distill
+    lr_end: float = 0.05            # learning rate at the end, as a share of the peak
+    warmup: int = 50                # steps in which the learning rate rises to its peak
+    grad_clip: float = 1.0          # largest gradient norm; the public code's
+    ema: float = 0.995              # decay of the average of the weights, which is what is saved
+    caption_dropout: float = 0.2    # share of captions that are replaced by ""; the public code's
     # vae
-    vae_steps: int = flag(900, "steps of stage vae; 5400 of your own sounds")
-    vae_lr: float = flag(1.5e-3, "its peak learning rate")
-    vae_frames: int = flag(64, "mel frames cut from each clip in it")   # convolutions need no more
-    vae_kl_weight: float = flag(3e-2, "weight of the KL term")          # ours: a smooth latent
+    vae_steps: int = 900            # steps of stage vae
+    vae_lr: float = 1.5e-3          # peak learning rate of stage vae
+    vae_frames: int = 64            # mel frames of a clip that a step of stage vae sees
+    vae_kl_weight: float = 3e-2     # weight of the KL term: more makes a smoother, blurred latent
     # cfm, rf1: flow matching, rectified flow
-    cfm_steps: int = flag(1500, "steps of stage cfm")
-    rf1_steps: int = flag(500, "steps of stage rf1")
-    rf1_lr: float = flag(5e-4, "its peak learning rate")                # a large one undoes the CFM
+    cfm_steps: int = 1500           # steps of stage cfm
+    rf1_pairing: str = "immiscible"  # how stage rf1 hands out noise: immiscible (Eq. 9) or none
+    rf1_lr: float = 5e-4            # peak learning rate of stage rf1; a large one undoes the CFM
+    rf1_steps: int = 500            # steps of stage rf1
     # rf2: reflow. Of its couplings the paper says nothing but Eq. 10-11
-    rf2_couplings: int = flag(2000, "(noise, sample) pairs that rf2 is trained on")
-    rf2_coupling_steps: int = flag(10, "Euler steps a pair")
-    rf2_guidance: float = flag(3.0, "guidance scale of the pairs")      # the public sampler's
-    rf2_anchor_steps: int = flag(1, "anchored optimisation: iterations a step; 0 is off", low=0)
-    rf2_anchor_lr: float = flag(1e-2, "its learning rate at t = 0")     # null-text inversion
-    rf2_anchor_tol: float = flag(1e-5, "loss at t = 0 below which a sample is left alone")
-    rf2_steps: int = flag(1600, "steps of stage rf2")
+    rf2_couplings: int = 2000       # (noise, sample) pairs that rf2 is trained on
+    rf2_coupling_steps: int = 10    # Euler steps that make a pair of rf2
+    rf2_guidance: float = 3.0       # guidance scale of the pairs of rf2; the public sampler's
+    anchor_steps: int = 1           # iterations of Eq. 10 at each Euler step of a pair; 0 is off
+    anchor_lr: float = 1e-2         # learning rate of Eq. 10 at t = 0
+    anchor_tol: float = 1e-5        # loss of Eq. 10 at t = 0 below which a sample is left alone
+    rf2_steps: int = 1600           # steps of stage rf2
     # distill
-    distill_couplings: int = flag(12000, "pairs that distill is trained on")  # few: learnt by heart
-    distill_coupling_steps: int = flag(4, "Euler steps a pair")
-    distill_guidance: float = flag(1.0, "guidance scale of the pairs")  # the 2-RF has learnt ω
-    distill_steps: int = flag(1500, "steps of stage distill")
+    distill_couplings: int = 12000  # pairs that distill is trained on; few are learnt by heart
+    distill_coupling_steps: int = 4  # Euler steps that make a pair of distill
+    distill_guidance: float = 1.0   # guidance scale of the pairs of distill; the 2-RF has learnt ω
+    distill_steps: int = 1500       # steps of stage distill
     # how it is judged and saved
-    eval_clips: int = flag(160, "held-out captions in stage eval", low=2)
-    judge: str = flag("", "of stage eval: CLAP[,AST], folders or hub ids; '' compares log-mels")
-    vocoder: str = flag("griffin-lim", "griffin-lim, hifigan:<hub id or folder>, bigvgan:<folder>")
-    save_every: float = flag(60.0, "seconds between checkpoints")
-    plan: float = flag(0.0, "TFLOP/s of a GPU: print what the run would take, and stop")
+    eval_clips: int = 160           # held-out captions in the table
+    judge: str = ""                 # public models CLAP[,AST] for the table; else mels are compared
+    vocoder: str = "griffin-lim"    # griffin-lim, hifigan:<hub id or folder> or bigvgan:<folder>
+    save_every: float = 60.0        # seconds between checkpoints
 
     def __post_init__(self):
-        check_limits(self)
-        self.out = self.out or f"out/{self.preset}"
-        if self.grad_accum > self.batch_size:
-            raise ValueError("--grad_accum is larger than --batch_size: a part would be empty")
-        if self.init and (self.stage == "vae" or self.preset in ("toy", "small")):
-            raise ValueError("--init brings VAE and size: no --stage vae, no --preset toy or small")
+        for f in fields(self):
+            value = getattr(self, f.name)
+            low = 1 if isinstance(f.default, int) else 0
+            if f.name in ("seed", "loop", "anchor_steps"):
+                low = 0
+            if isinstance(value, str):
+                setattr(self, f.name, os.path.expanduser(value))
+            elif not low <= value < math.inf:
+                raise InputError(f"--{f.name} is {value}, must be a number of at least {low}")
+        for name, known in (("size", fa.SIZES), ("rf1_pairing", PAIRINGS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"--{name} is {getattr(self, name)}, must be one of {list(known)}")
+        self.out = self.out or f"out/{self.size}"
 
 
 JUDGES = "laion/clap-htsat-unfused,MIT/ast-finetuned-audioset-10-10-0.4593"
-# Ours: from scratch in an evening on a GPU of 24 GB, about 3 hours by --plan 60
+# Ours: from scratch in an evening on a GPU of 24 GB, about 3 hours by experiments.bench --plan 60
 EVENING = dict(
     text="google/flan-t5-base", batch_size=128, lr=3e-4, warmup=1000, ema=0.999,
     vae_steps=30_000, vae_lr=3e-4, vae_frames=128, vae_kl_weight=1e-2, cfm_steps=45_000,
@@ -89,54 +123,26 @@ PAPER = dict(
     batch_size=64, grad_accum=4, lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999,
     vae_steps=40_000, vae_lr=1e-4, vae_frames=624, vae_kl_weight=1e-6, cfm_steps=100_000,
     rf1_steps=40_000, rf1_lr=4.8e-5, rf2_couplings=50_000, rf2_coupling_steps=24,
-    rf2_anchor_steps=10, rf2_steps=40_000, distill_couplings=50_000, distill_coupling_steps=24,
+    anchor_steps=10, rf2_steps=40_000, distill_couplings=50_000, distill_coupling_steps=24,
     distill_guidance=3.0, distill_steps=40_000, eval_clips=1000, save_every=900.0, judge=JUDGES)
-PRESETS = {"toy": {}, "small": EVENING, "base": PAPER, "large": PAPER}
-OWN_SOUNDS = dict(vae_steps=5400, vae_kl_weight=1e-2)       # other sounds than the toy set's
+OWN = dict(vae_steps=5400, vae_kl_weight=1e-2)      # other sounds than the toy set's, at its size
+RECIPES = {"toy": {}, "own": OWN, "small": EVENING, "base": PAPER, "large": PAPER}
 
 
-def defaults(given: dict) -> dict:
-    """The preset that the flags given mean, and the defaults that it changes."""
-    preset = given.get("preset", "base" if given.get("init") else "toy")
-    own = preset == "toy" and given.get("data", "toy") != "toy"
-    return {"preset": preset, **(OWN_SOUNDS if own else PRESETS[preset])}
-
-
-def parse_flags(argv: list[str] | None = None) -> Flags:
-    return read_flags(Flags, __doc__, defaults, argv)
-
-
-if __name__ == "__main__":
-    FLAGS = parse_flags()       # before the heavy imports: --help and a slip answer at once
-
-import math
-import time
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
-from typing import Callable
-
-import numpy as np
-import torch
-from torch import Tensor
-
-import flashaudio as fa
-from data import toy
-from data.clips import Clips, Couplings, batch_indices
-from evaluation.evaluate import evaluate
-from evaluation.judges import check_judge
-from evaluation.listen import draw_losses, hear
-from flashaudio import FlashAudio
-from pretrained import make_an_audio, vocoders
-from runs.cache import blocks, cached, digest
-from runs.plan import print_plan
-from runs.processes import Objective, barrier, distributed, join, rank_and_world
-from runs.run import Progress, Run, find_device, lock, names_of, one_line_errors, peak_memory
-from runs.start import latent_scale, new_model
-
-Pairing = Callable[[Tensor, Tensor], Tensor]        # z0, z1 -> z0 in the order of the data
-Draw = Callable[[int], list[Tensor]]                # step -> a batch, this process's part, (B, ...)
-
-# Pairing, density, loss and sampler are arguments: a fork calls a stage with a function of its own.
+def parse_flags(argv: list[str] | tuple[str, ...] = ()) -> Flags:
+    """The flags given, over the recipe that they mean. Exits with 2 for a flag that is unknown."""
+    parser = argparse.ArgumentParser("train.py", description=__doc__, allow_abbrev=False,
+                                     argument_default=argparse.SUPPRESS,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)$", inspect.getsource(Flags), re.M))
+    for f in fields(Flags):
+        how = {"action": "store_true"} if f.type == "bool" else {"type": type(f.default)}
+        text = f"{comments[f.name]} [{f.default}]"
+        parser.add_argument(f"--{f.name}", help=text, **how)
+    given = vars(parser.parse_args(argv))
+    size = given.setdefault("size", "base" if "init" in given else "toy")
+    recipe = "own" if size == "toy" and given.get("data", "toy") != "toy" else size
+    return Flags(**{**RECIPES.get(recipe, {}), **given})
 
 
 def main(run: Run) -> None:
@@ -146,50 +152,179 @@ def main(run: Run) -> None:
     else:
         model = train_vae(run)                              # mel <-> latent
         model = train_cfm(run, model)                       # flow matching
-    model = train_rf1(run, model)                           # Eq. 4, 6-7, 9
-    pairs = couplings(run, model, "rf2")                    # Eq. 10-11
-    model = train_rf2(run, model, pairs)                    # Eq. 5, 8, 12
-    pairs = couplings(run, model, "distill")                # Eq. 10-11
-    distill(run, model, pairs)                              # Eq. 13
-    if run.flags.stage in ("all", "eval") and rank_and_world()[0] == 0:
+    model = train_rf1(run, model, PAIRINGS[run.flags.rf1_pairing])      # Eq. 4, 6-7, 9
+    model = train_rf2(run, model, Couplings(run, model, "rf2"))         # Eq. 5, 8, 10-12
+    distill(run, model, Couplings(run, model, "distill"))               # Eq. 10-11, 13
+    if rank_and_world()[0] == 0:
         evaluate(run)                                       # Eq. 14
 
 
-def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...], draw: Draw,
-        loss: Callable[..., Tensor], steps: int, lr: float) -> FlashAudio:
-    """Train `parts` of the model on loss(model, *draw(step)), save the average of its weights."""
+# ---- Batches: a source has rows, ends (noise and data), texts, and each row's place in them ------
+
+class Latents:
+    """A source of batches: noise, and what the VAE makes of clips; of those to train on, if no
+    others are named."""
+
+    def __init__(self, run: Run, model: FlashAudio, rows: np.ndarray | None = None):
+        data = run.data
+        self.rows = data.train if rows is None else rows
+        self.file = data.file
+        self.posterior = data.latents(model)        # mean and std, (files, 2, C, L)
+        self.scale = model.scale_factor.cpu()
+        if model.text.trained:                      # learns with the flow: give it the captions
+            self.parts = ("text", "dit")
+            self.texts = model.text.tokenize(["", *data.captions]).numpy()
+            self.place = np.arange(1, len(self.texts))
+        else:                                       # frozen: its contexts are computed once
+            self.parts = ("dit",)
+            self.texts, self.place = data.contexts(model)
+
+    def ends(self, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        eps, z0 = torch.randn(2, len(rows), *self.posterior.shape[2:], generator=generator)
+        mean, std = torch.from_numpy(self.posterior[self.file[rows]]).unbind(1)
+        return z0, self.scale * (mean + std * eps)
+
+
+class Couplings:
+    """Eq. 10-11, a source of batches: noise, and the sample that a model's ODE makes of it.
+
+    sampler: any function that is called as `make_couplings` is.
+    """
+
+    def __init__(self, run: Run, model: FlashAudio, stage: str,
+                 sampler: Callable[..., Tensor] = fa.make_couplings):
+        flags, data = run.flags, run.data
+        self.run, self.model, self.stage, self.sampler = run, model, stage, sampler
+        clips = data.some(getattr(flags, f"{stage}_couplings"), flags.seed)
+        self.rows = np.arange(len(clips))
+        self.texts, place = data.contexts(model)
+        self.place = place[clips]                   # whose caption each pair has
+        self.how = (getattr(flags, f"{stage}_coupling_steps"), getattr(flags, f"{stage}_guidance"),
+                    flags.anchor_steps, flags.anchor_lr, flags.anchor_tol)
+        self.key = digest(model, data.key, flags.seed, len(clips), self.how, name_of(sampler))
+
+    def make(self) -> None:
+        """latents: noise and sample of each pair, (n, 2, C, L)."""
+        began = time.time()
+        path = self.run.data.cache / f"couplings_{self.stage}-{self.key}.npy"
+        self.latents = cached(path, (len(self.rows), 2, *self.model.latent_shape()), self.fill)
+        self.seconds = time.time() - began
+        print(f"{self.stage}: {len(self.latents)} couplings in {self.seconds:.0f} s")
+
+    def fill(self, array: np.ndarray) -> None:
+        run, model = self.run, self.model.to(self.run.device).requires_grad_(False)
+        run.compile(model)
+        null = torch.tensor(self.texts[:1]).to(run.device).float()      # frozen ones are halves
+        size = max(1, run.flags.batch_size // run.flags.grad_accum)
+        for i in blocks(array, size, "pairs"):
+            if array[i:i + size, 1].any((1, 2)).all():      # done by a run that was interrupted
+                continue
+            rows = self.rows[i:i + size]
+            generators = [run.generator(self.stage, "couplings", int(row)) for row in rows]
+            z0 = torch.stack([torch.randn(array.shape[2:], generator=g) for g in generators])
+            context = torch.from_numpy(self.texts[self.place[rows]]).to(run.device).float()
+            with fa.autocast(run.device):
+                z1 = self.sampler(model, z0.to(run.device), context, null.expand_as(context),
+                                  *self.how)
+            array[i:i + size] = torch.stack([z0, z1.cpu()], 1)
+
+    def ends(self, rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        return torch.from_numpy(self.latents[rows]).unbind(1)
+
+
+def get_batch(run: Run, stage: str, source: Latents | Couplings, density: Callable[..., Tensor],
+              pairing: Callable[..., Tensor], step: int) -> list[Tensor]:
+    """z0, z1 (B, C, L), t (B,), texts (B, ...) of a step: a pure function of seed, stage, step."""
     flags = run.flags
-    model.requires_grad_(False).cpu()                   # what is not trained needs no GPU
+    generator = run.generator(stage, step)
+    rows = source.rows[batch_indices(len(source.rows), flags.batch_size, step, flags.seed)]
+    z0, z1 = source.ends(rows, generator)
+    t = density(len(rows), generator=generator)
+    kept = torch.rand(len(rows), generator=generator) >= flags.caption_dropout
+    text = torch.from_numpy(source.texts[np.where(kept, source.place[rows], 0)])
+    z0, z1, t, text = share(z0, z1, t, text)
+    return [pairing(z0, z1), z1, t, text]
+
+
+def share(*batch: Tensor) -> list[Tensor]:
+    """The part of a batch that this process works on, where there are several."""
+    rank, world = rank_and_world()
+    return [x[rank::world] for x in batch]
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+
+def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
+        draw: Callable[[int], list[Tensor]], loss: Callable[..., Tensor], steps: int, lr: float,
+        check: Callable[[int], list[Tensor]] | None = None) -> FlashAudio:
+    """Train `parts` of the model on loss(model, *draw(step)); save the average of its weights.
+
+    check: i -> a batch of clips that are held out, whose loss is printed ten times a stage.
+    """
+    flags, first = run.flags, rank_and_world()[0] == 0
+    model.to(run.device).requires_grad_(False)
     weights = []
     for part in parts:
-        weights += getattr(model, part).to(run.device).requires_grad_().parameters()
-    average = [p.detach().clone() for p in weights]
+        weights += getattr(model, part).requires_grad_().parameters()
+    ema = [p.detach().clone() for p in weights]
     optimizer = torch.optim.AdamW(weights, lr, fused=run.device.type in ("cpu", "cuda"))
-    objective = distributed(Objective(model, loss), run.device)
+    checkpoint = run.folder(stage) / "train_state.pt"
+    step, seconds = resume(checkpoint, weights, ema, optimizer)
     run.compile(model)
-    progress = Progress(run, stage, steps, weights, average, optimizer)
-    for step in progress:
+    log = open(run.out / "metrics.jsonl" if first else os.devnull, "a", buffering=1)
+    progress = bar(None, stage, initial=step, total=steps, unit="step")
+    began = saved = time.time()
+    smooth = math.nan                                   # running mean of the loss
+    while step < steps:
         rate = lr * learning_rate(flags, step, steps)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        batch = [x.to(run.device) for x in draw(step)]
-        micro_batches = list(zip(*(x.chunk(flags.grad_accum) for x in batch)))
-        mean = torch.zeros((), device=run.device)
-        for micro_batch in micro_batches:
-            # Under torchrun the processes average their gradients once, with the last of them
-            objective.require_backward_grad_sync = micro_batch is micro_batches[-1]
-            with run.autocast():
-                value = objective(*micro_batch) * (len(micro_batch[0]) / len(batch[0]))
+        optimizer.param_groups[0]["lr"] = rate
+        batch = draw(step)
+        if run.device.type == "cuda":                   # copied while the GPU still computes
+            batch = [x.pin_memory() for x in batch]
+        batch = [x.to(run.device, non_blocking=True) for x in batch]
+        mean = 0.0
+        for part in zip(*(x.chunk(flags.grad_accum) for x in batch)):
+            with fa.autocast(run.device):
+                value = loss(model, *part) * (len(part[0]) / len(batch[0]))
             value.backward()
             mean += value.detach()
+        average_gradients(weights)                      # over processes, where there are several
         norm = torch.nn.utils.clip_grad_norm_(weights, flags.grad_clip)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(flags.ema, (step + 1) / (step + 10))                # short memory at first
-        torch._foreach_lerp_(average, [p.detach() for p in weights], 1 - decay)
-        progress.log(mean, norm, rate)
-    torch._foreach_copy_([p.detach() for p in weights], average)
-    return finish(run, stage, model.eval(), progress)
+        optimizer.zero_grad()
+        step += 1
+        decay = min(flags.ema, step / (step + 9))       # short memory at first
+        torch._foreach_lerp_(ema, [p.detach() for p in weights], 1 - decay)
+        progress.update()
+        if step % 10 and step < steps:
+            continue
+        line = {"stage": stage, "step": step, "loss": mean.item(), "grad_norm": norm.item(),
+                "lr": rate, "seconds": round(seconds + time.time() - began, 4)}
+        if not math.isfinite(line["loss"] + line["grad_norm"]):
+            raise InputError(f"{stage}: the loss is not finite at step {step}; the last checkpoint "
+                             f"is kept. A smaller --lr or a longer --warmup usually helps")
+        smooth = line["loss"] if math.isnan(smooth) else 0.9 * smooth + 0.1 * line["loss"]
+        progress.set_postfix_str(f"loss {smooth:.4f}")
+        if check is not None and 10 * step // steps > 10 * (step - 10) // steps:
+            line["held_out"] = held_out_loss(run, model, loss, check)
+            progress.write(f"{stage}: step {step}, held-out loss {line['held_out']:.4f}")
+        log.write(json.dumps(line) + "\n")
+        if first and step < steps and time.time() - saved > flags.save_every:
+            saved, state = time.time(), io.BytesIO()
+            torch.save({"step": step, "seconds": line["seconds"], "weights": weights, "ema": ema,
+                        "optimizer": optimizer.state_dict()}, state)
+            write_atomically(checkpoint, state.getbuffer())
+    torch._foreach_copy_([p.detach() for p in weights], ema)
+    if "vae" in parts:                                  # the size of its latents has changed
+        model.scale_factor.copy_(latent_scale(model, run.data.some_mels(flags.seed)))
+    seconds += time.time() - began
+    run.save(stage, model.eval(), seconds)
+    print(f"{stage}: {steps} steps in {seconds:.0f} s, loss {smooth:.4f}, peak memory "
+          f"{peak_memory(run.device):.1f} GiB -> {run.folder(stage)}")
+    if first:
+        hear(run, stage, model)
+        draw_losses(run.out)
+    return model
 
 
 def learning_rate(flags: Flags, step: int, steps: int) -> float:
@@ -198,38 +333,63 @@ def learning_rate(flags: Flags, step: int, steps: int) -> float:
     return min(1.0, (step + 1) / flags.warmup) * (flags.lr_end + (1 - flags.lr_end) * cosine)
 
 
-def finish(run: Run, stage: str, model: FlashAudio, progress: Progress) -> FlashAudio:
-    """Save what a stage has trained, a VAE with the scale of its latents; let a person hear it."""
-    model.to(run.device)
-    if stage == "vae":
-        model.scale_factor.copy_(latent_scale(model, run.data.some_mels(run.flags.seed)))
-    run.save(stage, model, progress.seconds)
-    print(f"{stage}: {progress.steps} steps in {progress.seconds:.0f} s, loss {progress.loss:.4f}, "
-          f"peak memory {peak_memory(run.device):.1f} GiB -> {run.folder(stage)}")
-    if rank_and_world()[0] == 0:
-        hear(run, stage, model)
-        draw_losses(run.out)
-    return model
+def resume(checkpoint: Path, weights: list[Tensor], ema: list[Tensor],
+           optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Take up what an interrupted stage has saved -> its step and seconds until then, or 0, 0."""
+    barrier()
+    if not checkpoint.exists():
+        return 0, 0.0
+    try:
+        state = torch.load(checkpoint, map_location=weights[0].device, weights_only=True)
+        for ours, saved in zip([*weights, *ema], [*state["weights"], *state["ema"]]):
+            ours.detach().copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+    except Exception as e:                              # torch, pickle and zip have many
+        raise InputError(f"{checkpoint}: cannot be read, or is of another network: delete it to "
+                         "begin the stage again") from e
+    print(f"{checkpoint.parent.name}: continuing at step {state['step']}")
+    return state["step"], state["seconds"]
 
 
-# ---- Stage vae -----------------------------------------------------------------------------------
+@torch.no_grad()
+def held_out_loss(run: Run, model: FlashAudio, loss: Callable[..., Tensor],
+                  check: Callable[[int], list[Tensor]]) -> float:
+    """Mean loss of 128 held-out clips, each time with the same noise and t."""
+    losses = []
+    for i in range(max(1, 128 // run.flags.batch_size)):
+        with fa.autocast(run.device):
+            losses.append(loss(model, *(x.to(run.device) for x in check(i))).item())
+    return float(np.mean(losses))
+
+
+@torch.no_grad()
+def latent_scale(model: FlashAudio, clips: np.ndarray) -> Tensor:
+    """1 / std of sampled latents of mels (N, 80, T); the public code takes its first batch."""
+    means, variances = [], []
+    for part in torch.tensor(clips).split(32):
+        mean, logvar = model.vae.encode(part.to(model.device))
+        means.append(mean)
+        variances.append(logvar.exp())
+    return 1 / (torch.cat(means).var() + torch.cat(variances).mean()).sqrt()
+
+
+# ---- The stages: pairing, density, loss and sampler are arguments, any callable ------------------
 
 def train_vae(run: Run) -> FlashAudio:
     """The mel VAE, on pieces of clips."""
     flags, data = run.flags, run.data
     if run.done("vae"):
         return run.load("vae")
-    model = new_model(flags.preset, flags.text, flags.seed, data.some_mels(flags.seed))
+    model = new_model(run)
     frames = max(1, min(flags.vae_frames, model.config.frames) // model.stride) * model.stride
-    width = model.config.vae.embed_dim
 
     def draw(step: int) -> list[Tensor]:
         generator = run.generator("vae", step)
         rows = data.train[batch_indices(len(data.train), flags.batch_size, step, flags.seed)]
         start = torch.randint(model.config.frames - frames + 1, (), generator=generator).item()
-        noise = torch.randn(len(rows), width, frames // model.stride, generator=generator)
-        rows, noise = run.share(rows, noise)
-        return [torch.from_numpy(data.mels[data.file[rows], :, start:start + frames]), noise]
+        shape = (len(rows), model.config.vae.embed_dim, frames // model.stride)
+        noise = torch.randn(shape, generator=generator)
+        return share(torch.from_numpy(data.mels[data.file[rows], :, start:start + frames]), noise)
 
     def loss(model: FlashAudio, mel: Tensor, noise: Tensor) -> Tensor:
         return fa.vae_loss(model.vae, mel, noise, flags.vae_kl_weight)
@@ -237,65 +397,18 @@ def train_vae(run: Run) -> FlashAudio:
     return fit(run, "vae", model, ("vae",), draw, loss, flags.vae_steps, flags.vae_lr)
 
 
-# ---- Stages cfm and rf1: on latents of real clips, with the text encoder -------------------------
-
-def flow_batches(run: Run, stage: str, rows: np.ndarray, ends: Callable, texts: np.ndarray,
-                 place: np.ndarray, density: Callable[..., Tensor],
-                 pair: Pairing | None = None) -> Draw:
-    """step -> z0, z1 (B, C, L), t (B,) and texts (B, ...) of a batch of `rows`.
-
-    ends(rows, generator) -> z0, z1. Row i reads texts[place[i]], or the null text, texts[0].
-    """
-    flags = run.flags
-
-    def draw(step: int) -> list[Tensor]:
-        generator = run.generator(stage, step)
-        batch = rows[batch_indices(len(rows), flags.batch_size, step, flags.seed)]
-        z0, z1 = ends(batch, generator)
-        t = density(len(batch), generator=generator)
-        kept = torch.rand(len(batch), generator=generator) >= flags.caption_dropout
-        text = torch.from_numpy(texts[np.where(kept, place[batch], 0)])
-        z0, z1, t, text = run.share(z0, z1, t, text)
-        if pair is not None:
-            z0 = pair(z0, z1)
-        return [z0, z1, t, text]
-
-    return draw
-
-
-def clip_batches(run: Run, stage: str, model: FlashAudio, density: Callable[..., Tensor],
-                 pair: Pairing | None = None) -> tuple[Draw, tuple[str, ...]]:
-    """flow_batches of noise and real clips, and the parts of the model that learn from them."""
-    data = run.data
-    latents = data.latents(model)                   # posterior: mean and std, (files, 2, C, L)
-    scale = model.scale_factor.cpu()
-    if model.text.trained:                          # learns with the flow: give it the captions
-        parts = ("text", "dit")
-        texts = model.text.tokenize(["", *data.captions]).numpy()
-        place = np.arange(1, len(texts))
-    else:                                           # frozen: its contexts are computed once
-        parts = ("dit",)
-        texts, place = data.contexts(model)
-
-    def ends(rows: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        eps, z0 = torch.randn(2, len(rows), *latents.shape[2:], generator=generator)
-        mean, std = torch.from_numpy(latents[data.file[rows]]).unbind(1)
-        return z0, scale * (mean + std * eps)
-
-    return flow_batches(run, stage, data.train, ends, texts, place, density, pair), parts
-
-
-def train_cfm(run: Run, model: FlashAudio, density: Callable[..., Tensor] = fa.uniform,
-              sigma_min: float = 1e-4) -> FlashAudio:
-    """Flow matching as in the public code: noise and data paired at random, uniform t."""
-    if run.done("cfm", model, density):
-        return run.load("cfm")
-
-    def loss(model: FlashAudio, *batch: Tensor) -> Tensor:
-        return fa.rectified_flow_loss(model, *batch, sigma_min)
-
-    draw, parts = clip_batches(run, "cfm", model, density)
-    return fit(run, "cfm", model, parts, draw, loss, run.flags.cfm_steps, run.flags.lr)
+def new_model(run: Run) -> FlashAudio:
+    """An untrained model: its first weights come from the seed, its mean mel from the clips."""
+    config, text = fa.SIZES[run.flags.size], run.flags.text
+    if text != "bytes":
+        text = str(Path(text).resolve()) if Path(text).is_dir() else text
+        dit = replace(config.dit, context_dim=fa.pretrained_width(text))
+        config = replace(config, dit=dit, text=fa.TextConfig(text, max_length=77))
+    with torch.random.fork_rng(devices=[]):             # the global generator stays as it was
+        torch.manual_seed(run.flags.seed)
+        model = FlashAudio(config)
+    model.vae.center(torch.from_numpy(run.data.some_mels(run.flags.seed).mean((0, 2))))
+    return model
 
 
 def import_public(run: Run) -> FlashAudio:
@@ -307,79 +420,44 @@ def import_public(run: Run) -> FlashAudio:
     return run.load("cfm")
 
 
-def train_rf1(run: Run, model: FlashAudio, pair: Pairing = fa.immiscible_pairing,
+def train_flow(run: Run, stage: str, model: FlashAudio, pairing: Callable[..., Tensor],
+               density: Callable[..., Tensor], loss: Callable[..., Tensor], steps: int,
+               lr: float) -> FlashAudio:
+    """What cfm and rf1 share: the flow and the text encoder are trained on clips."""
+    if run.done(stage, model, pairing, density, loss):
+        return run.load(stage)
+    clips, others = Latents(run, model), Latents(run, model, run.data.validation)
+    draw = partial(get_batch, run, stage, clips, density, pairing)
+    check = partial(get_batch, run, f"{stage}, held out", others, density, pairing)
+    return fit(run, stage, model, clips.parts, draw, loss, steps, lr,
+               check if len(others.rows) else None)
+
+
+def train_cfm(run: Run, model: FlashAudio, density: Callable[..., Tensor] = fa.uniform,
+              loss: Callable[..., Tensor] = partial(fa.rectified_flow_loss, sigma_min=1e-4)
+              ) -> FlashAudio:
+    """Flow matching as in the public code: noise and data paired at random, uniform t."""
+    flags = run.flags
+    return train_flow(run, "cfm", model, fa.no_pairing, density, loss, flags.cfm_steps, flags.lr)
+
+
+def train_rf1(run: Run, model: FlashAudio, pairing: Callable[..., Tensor] = fa.immiscible_pairing,
               density: Callable[..., Tensor] = fa.logit_normal,
               loss: Callable[..., Tensor] = fa.rectified_flow_loss) -> FlashAudio:
     """1-RF: Eq. 4 with t of Eq. 6-7 and noise that Eq. 9 has paired with the data."""
-    if run.done("rf1", model, pair, density, loss):
-        return run.load("rf1")
-    draw, parts = clip_batches(run, "rf1", model, density, pair)
-    return fit(run, "rf1", model, parts, draw, loss, run.flags.rf1_steps, run.flags.rf1_lr)
-
-
-# ---- Stages rf2 and distill: on the couplings of the model before, with frozen contexts ----------
-
-def couplings(run: Run, model: FlashAudio, stage: str,
-              sampler: Callable[..., Tensor] = fa.make_couplings,
-              pair: Pairing | None = None) -> Couplings | None:
-    """Eq. 10-11: what the model makes of noise for `stage` to learn from; None if not asked for.
-
-    pair: hands out the noise before the ODE, near the latents of its captions.
-    """
-    flags, data = run.flags, run.data
-    if flags.stage not in ("all", stage):
-        return None
-    contexts, place = data.contexts(model)
-    clips = data.some(getattr(flags, f"{stage}_couplings"), flags.seed)     # whose caption each has
-    size = max(1, flags.batch_size // flags.grad_accum)
-    steps = getattr(flags, f"{stage}_coupling_steps")
-    guidance = getattr(flags, f"{stage}_guidance")
-    anchoring = (flags.rf2_anchor_steps, flags.rf2_anchor_lr, flags.rf2_anchor_tol)
-    real = data.latents(model) if pair is not None else None
-
-    def fill(array: np.ndarray) -> None:
-        run.compile(model.requires_grad_(False), dynamic=None)      # Eq. 10 drops finished samples
-        null = torch.tensor(contexts[:1]).to(run.device).float()    # frozen contexts are halves
-        for i in blocks(array, size, "pairs"):
-            if array[i:i + size, 1].any((1, 2)).all():      # done by a run that was interrupted
-                continue
-            rows = clips[i:i + size]
-            generators = [run.generator(stage, "couplings", i + k) for k in range(len(rows))]
-            z0 = torch.stack([torch.randn(array.shape[2:], generator=g) for g in generators])
-            if pair is not None:
-                means = torch.from_numpy(real[data.file[rows], 0])
-                z0 = pair(z0, model.scale_factor.cpu() * means)
-            context = torch.from_numpy(contexts[place[rows]]).to(run.device).float()
-            with run.autocast():
-                z1 = sampler(model, z0.to(run.device), context, null.expand(len(rows), -1, -1),
-                             steps, guidance, *anchoring)
-            array[i:i + size] = torch.stack([z0, z1.cpu()], 1)
-
-    names = names_of(sampler, pair)
-    key = digest(model, data.key, flags.seed, len(clips), steps, guidance, anchoring, names)
-
-    def make() -> np.ndarray:
-        began = time.time()
-        shape = (len(clips), 2, *model.latent_shape())
-        latents = cached(data.cache / f"couplings_{stage}-{key}.npy", shape, fill)
-        run.spent = time.time() - began
-        print(f"{stage}: {len(latents)} couplings in {run.spent:.0f} s")
-        return latents
-
-    return Couplings(make, contexts, place[clips], key)
+    flags = run.flags
+    return train_flow(run, "rf1", model, pairing, density, loss, flags.rf1_steps, flags.rf1_lr)
 
 
 def train_rf2(run: Run, model: FlashAudio, pairs: Couplings,
               density: Callable[..., Tensor] = fa.mix_exp,
-              loss: Callable[..., Tensor] = fa.rectified_flow_loss,
-              pair: Pairing | None = None) -> FlashAudio:
-    """2-RF: Eq. 5 and 12 on couplings, t of Eq. 8. pair: their noise anew, as Algorithm 1 says."""
-    flags = run.flags
-    if run.done("rf2", pairs, density, loss, pair):
+              loss: Callable[..., Tensor] = fa.rectified_flow_loss) -> FlashAudio:
+    """2-RF: Eq. 5 and 12 on couplings, with t of Eq. 8."""
+    if run.done("rf2", pairs, density, loss):
         return run.load("rf2")
-    rows = np.arange(len(pairs.latents))
-    draw = flow_batches(run, "rf2", rows, pairs.ends, pairs.contexts, pairs.place, density, pair)
-    return fit(run, "rf2", model, ("dit",), draw, loss, flags.rf2_steps, flags.lr)
+    pairs.make()
+    draw = partial(get_batch, run, "rf2", pairs, density, fa.no_pairing)
+    return fit(run, "rf2", model, ("dit",), draw, loss, run.flags.rf2_steps, run.flags.lr)
 
 
 def distill(run: Run, model: FlashAudio, pairs: Couplings,
@@ -388,12 +466,12 @@ def distill(run: Run, model: FlashAudio, pairs: Couplings,
     flags = run.flags
     if run.done("distill", pairs, loss):
         return run.load("distill")
-    count = len(pairs.latents)
+    pairs.make()
 
     def draw(step: int) -> list[Tensor]:
-        rows = batch_indices(count, flags.batch_size, step, flags.seed)
-        z0, z1 = pairs.ends(rows)
-        return run.share(z0, z1, torch.from_numpy(pairs.contexts[pairs.place[rows]]))
+        rows = batch_indices(len(pairs.rows), flags.batch_size, step, flags.seed)
+        z0, z1 = pairs.ends(rows, None)
+        return share(z0, z1, torch.from_numpy(pairs.texts[pairs.place[rows]]))
 
     return fit(run, "distill", model, ("dit",), draw, loss, flags.distill_steps, flags.lr)
 
@@ -403,24 +481,24 @@ def distill(run: Run, model: FlashAudio, pairs: Couplings,
 @contextmanager
 def open_run(flags: Flags):
     """`with open_run(flags) as run:` has the run's folder for itself, and its data read."""
-    device = join(find_device(flags.device), flags.batch_size)
+    device = join(find_device(flags.device))
     torch.set_float32_matmul_precision("high")
-    out = Path(flags.out)
-    first = rank_and_world()[0] == 0
-    out.mkdir(parents=True, exist_ok=True)
-    with lock(out) if first else nullcontext():
-        if flags.data == "toy" and first:
+    out, (rank, world) = Path(flags.out), rank_and_world()
+    if flags.batch_size % world:
+        raise InputError(f"--batch_size {flags.batch_size} can't be split over {world} processes")
+    with lock(out) if rank == 0 else nullcontext():
+        if flags.data == "toy" and rank == 0:
             toy.write_toy_set(out / "data")
         barrier()
         source = out / "data/manifest.csv" if flags.data == "toy" else Path(flags.data)
-        data = Clips(source, out / "cache", fa.PRESETS[flags.preset].frames, flags.windows)
-        if flags.stage in ("all", "eval"):
-            check_judge(flags.judge, data)
-        yield Run(flags, data, device, vocoders.load(flags.vocoder, str(device)))
+        frames = fa.SIZES[flags.size].frames
+        data = Clips(source, out / "cache", frames, flags.windows, flags.loop)
+        check_judge(flags.judge, data)
+        run = Run(flags, data, device, vocoders.load(flags.vocoder, str(device)))
+        run.say_what_changed()
+        yield run
 
 
-if __name__ == "__main__" and FLAGS.plan:
-    print_plan(FLAGS)
-elif __name__ == "__main__":
-    with one_line_errors("train.py"), open_run(FLAGS) as opened:
+if __name__ == "__main__":
+    with one_line_errors("train.py"), open_run(parse_flags(sys.argv[1:])) as opened:
         main(opened)

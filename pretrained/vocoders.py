@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Callable
@@ -11,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flashaudio import HOP, N_FFT, SAMPLE_RATE, InputError, griffin_lim, mel_to_magnitude
+from flashaudio import (HOP, N_FFT, SAMPLE_RATE, InputError, griffin_lim, hub_model,
+                        mel_to_magnitude)
 from pretrained.make_an_audio import read_checkpoint
-from pretrained.text import hub_model
 
-# The published 16 kHz, 80 band BigVGAN; a config.json beside the checkpoint may say otherwise.
-DEFAULTS = {"upsample_rates": (4, 4, 2, 2, 2, 2), "upsample_kernel_sizes": (8, 8, 4, 4, 4, 4),
-            "resblock_kernel_sizes": (3, 7, 11), "resblock_dilation_sizes": ((1, 3, 5),) * 3}
+# The published 16 kHz, 80 band BigVGAN; its width is read from the checkpoint.
+RATES = (4, 4, 2, 2, 2, 2)                        # upsampling of each stage: together HOP
+KERNELS = (3, 7, 11)                              # of the residual blocks that follow each stage
+DILATIONS = (1, 3, 5)                             # of the convolutions in each of them
 
 
 def load(name: str, device: str = "cpu") -> Callable[[Tensor], Tensor]:
@@ -63,31 +63,23 @@ def load_hifigan(source: str, device: str = "cpu") -> Callable[[Tensor], Tensor]
 
 def load_bigvgan(source: str, device: str = "cpu") -> BigVGAN:
     """A 16 kHz, 80 band BigVGAN of any width, from a checkpoint or from the folder of one."""
-    path = Path(source)
-    if not path.is_file():
+    folder = Path(source).expanduser()
+    if folder.is_dir():
         kinds = ("g_*", "*.pt", "*.pth", "*.ckpt", "*.safetensors")
-        found = [p for p in path.glob("*") if any(map(p.match, kinds))]
+        found = [file for file in folder.iterdir() if any(map(file.match, kinds))]
         if len(found) != 1:
             raise InputError(f"bigvgan: {source} holds {len(found)} checkpoints "
-                             f"({', '.join(kinds)}); one is needed")
-        path = found[0]
-    state = read_checkpoint(path)
-    config = path.with_name("config.json")
+                             f"({', '.join(kinds)}); name one")
+        source = str(found[0])
+    held = read_checkpoint(source)
     try:
-        given = json.loads(config.read_text()) if config.exists() else {}
-        sizes = {name: given.get(name, default) for name, default in DEFAULTS.items()}
-        state = fold_weight_norm(state.get("generator", state))
-        width, bands, _ = state["conv_pre.weight"].shape
-        with torch.device("meta"):  # sizes without memory: a config.json may say anything
-            model = BigVGAN(bands, width, **sizes)
-        model.load_state_dict(state, assign=True)
-    except Exception as e:  # both files may hold anything, and each part fails in its own way
+        state = fold_weight_norm(held.get("generator", held))
+        model = BigVGAN(len(state["conv_pre.weight"]))
+        model.load_state_dict(state)
+    except Exception as e:  # a file may hold anything, and each part fails in its own way
         why = " ".join(str(e).split())[:400]
-        raise InputError(f"{path}: not a BigVGAN generator of the expected sizes ({why})") from e
-    hop = math.prod(sizes["upsample_rates"])
-    if (hop, bands) != (HOP, 80):
-        raise InputError(f"{path}: makes {hop} samples per frame of {bands} bands, not {HOP} of 80")
-    return model.float().to(device).eval().requires_grad_(False)
+        raise InputError(f"{source}: not a BigVGAN of 16 kHz and 80 bands ({why})") from e
+    return model.to(device).eval().requires_grad_(False)
 
 
 def fold_weight_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -112,41 +104,38 @@ class BigVGAN(nn.Module):
     it adds no aliases.
     """
 
-    def __init__(self, bands: int, width: int, upsample_rates: tuple, upsample_kernel_sizes: tuple,
-                 resblock_kernel_sizes: tuple, resblock_dilation_sizes: tuple):
+    def __init__(self, width: int):
         super().__init__()
-        self.conv_pre = nn.Conv1d(bands, width, 7, padding=3)
+        self.conv_pre = nn.Conv1d(80, width, 7, padding=3)
         self.ups = nn.ModuleList()
         self.resblocks = nn.ModuleList()
-        self.parallel = len(resblock_kernel_sizes)  # blocks that follow each of `ups`
-        for rate, kernel in zip(upsample_rates, upsample_kernel_sizes):
-            up = nn.ConvTranspose1d(width, width // 2, kernel, rate, (kernel - rate) // 2)
+        for rate in RATES:
+            up = nn.ConvTranspose1d(width, width // 2, 2 * rate, rate, rate // 2)
             self.ups.append(nn.ModuleList([up]))    # a list, for the key: ups.0.0.weight
             width = width // 2
-            for size, dilations in zip(resblock_kernel_sizes, resblock_dilation_sizes):
-                self.resblocks.append(ResidualBlock(width, size, dilations))
+            self.resblocks.extend(ResidualBlock(width, kernel) for kernel in KERNELS)
         self.activation_post = Activation(width)
         self.conv_post = nn.Conv1d(width, 1, 7, padding=3)
 
     def forward(self, mel: Tensor) -> Tensor:
-        """log10 mel (B, bands, T) -> waveform (B, T x product of the upsampling rates)."""
-        x = self.conv_pre(mel.to(self.conv_pre.weight.dtype))               # (B, width, T)
+        """log10 mel (B, 80, T) -> waveform (B, 256 T)."""
+        x = self.conv_pre(mel.to(self.conv_pre.bias.dtype))               # (B, width, T)
         for i, (up,) in enumerate(self.ups):
             x = up(x)                                                       # (B, width / 2, rate T)
-            blocks = self.resblocks[i * self.parallel:(i + 1) * self.parallel]
-            x = sum(block(x) for block in blocks) / self.parallel
+            blocks = self.resblocks[i * len(KERNELS):(i + 1) * len(KERNELS)]
+            x = sum(block(x) for block in blocks) / len(KERNELS)
         return self.conv_post(self.activation_post(x))[:, 0].tanh()
 
 
 class ResidualBlock(nn.Module):
-    def __init__(self, width: int, size: int, dilations: tuple[int, ...]):
+    def __init__(self, width: int, kernel: int):
         super().__init__()
         self.convs1 = nn.ModuleList()
         self.convs2 = nn.ModuleList()
         self.activations = nn.ModuleList()
-        for d in dilations:
-            self.convs1.append(nn.Conv1d(width, width, size, padding=d * (size // 2), dilation=d))
-            self.convs2.append(nn.Conv1d(width, width, size, padding=size // 2))
+        for d in DILATIONS:
+            self.convs1.append(nn.Conv1d(width, width, kernel, padding="same", dilation=d))
+            self.convs2.append(nn.Conv1d(width, width, kernel, padding="same"))
             self.activations.extend([Activation(width), Activation(width)])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -181,6 +170,6 @@ class Activation(nn.Module):
 def low_pass() -> Tensor:
     """Kaiser-windowed sinc of 12 taps that keeps half of the band -> (1, 1, 12), sum 1."""
     beta = 0.1102 * (2.285 * 5 * math.pi * 1.2 + 7.95 - 8.7)                # for 51 dB
-    window = torch.kaiser_window(12, periodic=False, beta=beta, dtype=torch.float64, device="cpu")
-    h = window * torch.sinc((torch.arange(12, device="cpu") - 5.5) / 2)
+    window = torch.kaiser_window(12, periodic=False, beta=beta, dtype=torch.float64)
+    h = window * torch.sinc((torch.arange(12) - 5.5) / 2)
     return (h / h.sum()).float().view(1, 1, 12)

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import math
-import mmap
 import os
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
@@ -14,44 +14,25 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from flashaudio import InputError
 from runs.processes import barrier, rank_and_world
 
 
 def digest(*things) -> str:
-    """A short name for what something was computed from.
-
-    A Path stands for the content of that file, a module for its weights (those of a frozen text
-    model included), anything else for its JSON.
-    """
+    """A short name for things: the content of a Path, the weights of a module, else the JSON."""
     h = hashlib.sha256()
     for thing in things:
         if isinstance(thing, Path):
-            h.update(file_digest(thing))
+            with open(thing, "rb") as f:
+                while block := f.read(2 ** 20):
+                    h.update(block)
         elif isinstance(thing, nn.Module):
-            h.update(weights_digest(thing))
+            for name, tensor in thing.state_dict().items():
+                h.update(name.encode())
+                h.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         else:
             h.update(json.dumps(thing, sort_keys=True).encode())
     return h.hexdigest()[:12]
-
-
-def file_digest(path: Path) -> bytes:
-    h = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(2 ** 20):
-            h.update(block)
-    return h.digest()
-
-
-def weights_digest(module: nn.Module) -> bytes:
-    h = hashlib.sha256()
-    modules = [module]
-    for part in module.modules():
-        modules += getattr(part, "frozen", [])      # a text model that is not saved with the rest
-    for part in modules:
-        for name, tensor in part.state_dict().items():
-            h.update(name.encode())
-            h.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return h.digest()
 
 
 @contextmanager
@@ -71,42 +52,10 @@ def bar(iterable, text: str, **more) -> tqdm:
     return tqdm(iterable, f"{text:>8}", disable=silent, leave=False, dynamic_ncols=True, **more)
 
 
-def blocks(array: np.ndarray, size: int, text: str):
-    """Starts of the blocks of `size` rows of a memory-mapped array that this process computes."""
+def blocks(array: np.ndarray, size: int, text: str) -> tqdm:
+    """Starts of the blocks of `size` rows of an array that this process computes."""
     rank, world = rank_and_world()
-    starts = range(rank * size, len(array), world * size)
-    for n, i in enumerate(bar(starts, text, unit="batch")):
-        yield i
-        if n % 64 == 63:
-            release(array)
-
-
-def release(array: np.ndarray) -> None:
-    """Let go of the memory behind a mapped array; what was written to it stays."""
-    if hasattr(mmap, "MADV_DONTNEED") and getattr(array, "_mmap", None) is not None:
-        array._mmap.madvise(mmap.MADV_DONTNEED)
-
-
-def read_array(path: Path, shape: tuple[int, ...], mode: str = "r") -> np.ndarray | None:
-    """The array in a .npy file, memory-mapped; None where there is none of that shape."""
-    try:
-        array = np.load(path, mmap_mode=mode)       # never unpickles
-    except (OSError, ValueError, EOFError):
-        return None
-    return array if array.shape == shape else None
-
-
-def allocate(path: Path, shape: tuple[int, ...], dtype: type) -> None:
-    """An array of zeros. Takes its space now: a disk that is full later kills the process."""
-    try:
-        np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
-        if hasattr(os, "posix_fallocate"):
-            with open(path, "r+b") as f:
-                os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
-    except OSError as e:
-        path.unlink(missing_ok=True)
-        size = math.prod(shape) * np.dtype(dtype).itemsize / 2 ** 20
-        raise OSError(e.errno, f"{e.strerror}: {size:.0f} MiB", str(path)) from e
+    return bar(range(rank * size, len(array), world * size), text, unit="batch")
 
 
 def cached(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None],
@@ -119,16 +68,21 @@ def cached(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None
     """
     first = rank_and_world()[0] == 0
     unfinished = path.with_suffix(".tmp")
-    if first and read_array(path, shape) is None:
+    if first and not path.exists():
+        needed = math.prod(shape) * np.dtype(dtype).itemsize
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        if read_array(unfinished, shape) is None:
-            allocate(unfinished, shape, dtype)
+        if not unfinished.exists() or unfinished.stat().st_size < needed:
+            free = shutil.disk_usage(path.parent).free      # a full disk kills a mapped write
+            if needed > free:
+                raise InputError(f"{path}: {needed >> 20} MiB are needed, {free >> 20} are free on "
+                                 "this disk: make room, or choose another --out")
+            np.lib.format.open_memmap(unfinished, mode="w+", dtype=dtype, shape=shape)
     barrier()
     if not path.exists():
-        array = read_array(unfinished, shape, "r+")
+        array = np.load(unfinished, mmap_mode="r+")
         fill(array)
         array.flush()
+        del array                                   # Windows renames no file that is mapped
         barrier()
         if first:
             os.replace(unfinished, path)
@@ -139,17 +93,14 @@ def cached(path: Path, shape: tuple[int, ...], fill: Callable[[np.ndarray], None
     return np.load(path, mmap_mode="r")
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Write beside `path`, then rename: a reader sees the old file or the new one, never half.
 
     Raises OSError, with the name of the file, where there is no room.
     """
     temporary = path.with_name(path.name + ".tmp")
     try:
-        with open(temporary, "wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as e:
         temporary.unlink(missing_ok=True)
