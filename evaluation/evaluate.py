@@ -1,96 +1,103 @@
-"""Stage eval: every model of a run in 1, 4 and 24 steps, judged by its waveforms.
+"""The end of every run: its models in 1, 4 and 24 steps, judged by the waveforms that they make.
 
-Prints the table of the run, writes results.json, a card beside each model, and a page to listen.
+Prints the table, writes results.json, a card beside each model, and a page to listen to them.
 """
 
 import json
-import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
+from string import Template
 from typing import Callable
 
 import torch
 from torch import Tensor
 
 import flashaudio as fa
-from data.clips import load_audio
-from evaluation.judges import NearestClip, ToyJudge, make_judge
+from evaluation.judges import load_clips, make_judge
 from evaluation.listen import save_clip, write_page
 from flashaudio import FlashAudio
 from runs.cache import bar, write_atomically
-from runs.run import STAGES, Run
+from runs.run import STAGES, Run, hardware
 
-PLAN = (("cfm", 1.0, (1, 4, 24)), ("cfm", 3.0, (24,)), ("rf1", 1.0, (1, 4, 24)),
-        ("rf2", 1.0, (1, 4, 24)), ("distill", 1.0, (1,)))   # stage, guidance, steps of its rows
+ROWS = (("cfm", 1.0, (1, 4, 24)), ("cfm", 3.0, (24,)), ("rf1", 1.0, (1, 4, 24)),
+        ("rf2", 1.0, (1, 4, 24)), ("distill", 1.0, (1,)))       # stage, guidance, steps
 COLUMNS = ("model", "steps", "nfe", "guidance", "fd", "kl", "accuracy", "measured", "clap",
            "straightness", "rtf", "clips", "judge")
-SHOWN = 8           # captions on the listening page
 NAMES = {"cfm": "CFM", "rf1": "1-RF", "rf2": "2-RF", "distill": "distilled"}
+SHOWN = 8           # captions on the listening page
 STORY = """The real clip, then what each model makes of its caption, from the same noise. CFM needs
-many steps. The 1-RF is trained on from it, the 2-RF on what the 1-RF makes, and the distilled model
-on what the 2-RF makes, until one step is enough."""
+many steps; each model below it learns from the one above, until one step is enough."""
+CARD = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
 
 
-CARD = """---
-library_name: flashaudio
-pipeline_tag: text-to-audio
-tags: [rectified-flow, text-to-audio]
----
-
-# flashaudio, stage {stage}
-
-Text to audio at 16 kHz with rectified flows (FlashAudio, Liu et al., ACL 2025). In the folder of
-the flashaudio code:
-
-```python
-import pretrained.text                              # for frozen text encoders
-from flashaudio import FlashAudio
-model = FlashAudio.from_pretrained("<this folder, or its hub id>")
-wav = model.generate("a bell followed by rain", steps={steps}, seed=0)
-```
-
-Preset {preset}, seed {seed}. The models of its run, judged by {judge}. {remarks}
-
-{table}
-"""
-
-
-@dataclass
 class Table:
-    """What has been measured: a row for each model and number of steps, and clips to listen to."""
-    judge: ToyJudge | NearestClip
-    captions: list[str]
-    folder: Path        # of the clips
-    rows: list[dict] = field(default_factory=list)
-    clips: list[tuple[str, str, str]] = field(default_factory=list)     # as write_page takes them
+    """What is measured of a run: a row for each model and number of steps, and clips to hear.
 
-    def add(self, wav: Tensor, name: str, label: str, **columns) -> None:
-        """A row for waveforms (N, samples), one for each caption; columns: what else to tell."""
-        judged = {**self.judge(wav), "clips": len(wav), "judge": self.judge.name}
-        self.rows.append({**dict.fromkeys(COLUMNS), **judged, **columns})
+    It begins with the recordings of the held-out captions, and with other real clips.
+    """
+
+    def __init__(self, run: Run):
+        rows = run.data.held_out(run.flags.eval_clips)
+        self.run = run
+        self.captions = [run.data.captions[i] for i in rows]
+        self.real = load_clips(run.data, rows)                                  # (N, samples)
+        self.judge = make_judge(run, rows, self.real)
+        self.rows: list[dict] = []
+        self.clips: list[tuple[str, str, str]] = []             # as write_page takes them
+        self.play(self.real, "real", "the real clip")
+        self.add(self.judge(self.real), model="real")
+        self.add(self.judge.floor, model="floor")
+
+    def add(self, figures: dict, **columns) -> None:
+        every = {"clips": len(self.captions), "judge": self.judge.name}
+        self.rows.append({**dict.fromkeys(COLUMNS), **every, **figures, **columns})
+
+    def play(self, wav: Tensor, name: str, label: str) -> None:
+        """Put the first of waveforms (N, samples), one for each caption, on the page."""
         for k, clip in enumerate(wav[:SHOWN]):
-            save_clip(self.folder / f"{k}-{name}", clip)
+            save_clip(self.run.out / "listen" / f"{k}-{name}", clip)
             self.clips.append((self.captions[k], label, f"{k}-{name}"))
 
+    def add_vae(self, model: FlashAudio) -> None:
+        """A row for what VAE and vocoder leave of real clips."""
+        def through(wav: Tensor) -> Tensor:
+            mel = fa.mel_spectrogram(wav.to(self.run.device))
+            return self.run.vocoder(model.decode(model.encode(mel)))
 
-def sample(model: FlashAudio, captions: list[str], steps: int, guidance: float,
-           seed: int) -> tuple[Tensor, float, float]:
-    """Latents (N, C, L), straightness of their paths, and seconds taken, text included.
+        self.play(in_parts(through, self.real[:SHOWN]), "vae", "the real clip through the VAE")
+        self.add(self.judge(in_parts(through, self.judge.fresh)), model="vae")
 
-    Latent i starts from the noise of seed + i, the same for every model.
-    """
-    model.sample_latents(captions[:1], 1, seed=0)           # warms up
-    began = time.time()
-    shape = model.latent_shape()
-    z0 = torch.cat([model.noise([""], seed + i, shape) for i in range(len(captions))])
-    latents, bend = [], 0.0
-    for i in bar(range(0, len(captions), 64), "eval", unit="batch"):
-        path = model.sample_latents(captions[i:i + 64], steps, guidance, z0=z0[i:i + 64],
-                                    return_trajectory=True)             # (steps + 1, B, C, L)
-        latents.append(path[-1])
-        bend += fa.straightness(path) * path.shape[1]
-    return torch.cat(latents), bend / len(captions), time.time() - began
+    def add_model(self, model: FlashAudio, name: str, label: str, guidance: float,
+                  all_steps: tuple[int, ...]) -> None:
+        """A row for each number of steps; the straightness in each is that of paths in 24 steps."""
+        longest = self.sample(model, 24, guidance)
+        for steps in all_steps:
+            wav, _, seconds = longest if steps == 24 else self.sample(model, steps, guidance)
+            how = f"{steps} step{'s' * (steps > 1)}"
+            if guidance != 1:
+                how += f", ω = {guidance:g}"
+            self.play(wav, f"{name}-{steps}-{guidance:g}", f"{label}, {how}")
+            self.add(self.judge(wav), model=name, steps=steps, guidance=guidance,
+                     nfe=steps if guidance == 1 else 2 * steps, straightness=longest[1],
+                     rtf=seconds * fa.SAMPLE_RATE / wav.numel())
+
+    def sample(self, model: FlashAudio, steps: int, guidance: float) -> tuple[Tensor, float, float]:
+        """Waveforms (N, samples), straightness of their paths, and seconds taken, text included.
+
+        Clip i starts from the noise of seed + i, the same for every model.
+        """
+        model.sample_latents(self.captions[:1], 1, seed=0)      # warms up
+        began = time.time()
+        wavs, bend = [], 0.0
+        for i in bar(range(0, len(self.captions), 64), "eval", unit="batch"):
+            part = self.captions[i:i + 64]
+            seeds = range(self.run.flags.seed + i, self.run.flags.seed + i + len(part))
+            z0 = torch.cat([model.noise([""], seed, model.latent_shape()) for seed in seeds])
+            path = model.sample_latents(part, steps, guidance, z0=z0, return_trajectory=True)
+            bend += fa.straightness(path) * len(part)           # of (steps + 1, B, C, L)
+            wavs.append(in_parts(self.run.vocoder, model.decode(path[-1])))
+        return torch.cat(wavs), bend / len(self.captions), time.time() - began
 
 
 def in_parts(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -98,126 +105,51 @@ def in_parts(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat([f(part).cpu() for part in x.split(64 if x.is_cuda else 8)])
 
 
-def add_row(run: Run, table: Table, model: FlashAudio, name: str, label: str, steps: int,
-            guidance: float, made: tuple[Tensor, float, float], straightness: float | None) -> None:
-    """A row for what `sample` made of the model."""
-    latents, _, seconds = made
-    began = time.time()
-    mels = torch.cat([model.decode(z) for z in latents.split(64)])              # (N, 80, T)
-    wav = in_parts(run.vocoder, mels)                                           # (N, samples)
-    seconds += time.time() - began
-    label += f", {steps} step{'s' * (steps > 1)}"
-    if guidance != 1:
-        label += f", ω = {guidance:g}"
-    table.add(wav, f"{name}-{steps}-{guidance:g}", label, model=name, steps=steps,
-              nfe=steps if guidance == 1 else 2 * steps, guidance=guidance,
-              straightness=straightness, rtf=seconds * fa.SAMPLE_RATE / wav.numel())
+def markdown(lines: list[list[str]]) -> str:
+    """A table in Markdown, its columns aligned; the first line names them."""
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    rule = ["-" * width for width in widths]
+    aligned = []
+    for line in [lines[0], rule, *lines[1:]]:
+        cells = [cell.ljust(width) for cell, width in zip(line, widths)]
+        aligned.append(f"| {' | '.join(cells)} |")
+    return "\n".join(aligned)
 
 
-def add_stage(run: Run, table: Table, stage: str, guidance: float, all_steps: tuple) -> None:
-    """The rows of a stage's model; the straightness in each is that of its paths in 24 steps."""
-    model = run.load(stage)
-    longest = sample(model, table.captions, 24, guidance, run.flags.seed)
-    for steps in all_steps:
-        made = longest
-        if steps != 24:
-            made = sample(model, table.captions, steps, guidance, run.flags.seed)
-        add_row(run, table, model, stage, NAMES[stage], steps, guidance, made, longest[1])
-
-
-def new_table(run: Run) -> Table:
-    """A table of the held-out captions, with a row of their recordings."""
-    data = run.data
-    rows = data.held_out(run.flags.eval_clips)
-    samples = data.mels.shape[2] * fa.HOP
-    real = torch.stack([load_audio(data.rows[i]["audio_path"], samples) for i in rows])
-    captions = [data.captions[i] for i in rows]
-    table = Table(make_judge(run, rows, real), captions, run.out / "listen")
-    table.add(real, "real", "the real clip", model="real")
-    return table
-
-
-def measure(run: Run) -> Table:
-    """The table of a run: recordings, what VAE and vocoder leave of them, then each model."""
-    data = run.data
-    table = new_table(run)
-    model = run.load("vae")
-    rows = data.held_out(run.flags.eval_clips)
-    mels = torch.tensor(data.mels[data.file[rows]], device=run.device)          # (N, 80, T)
-    wav = in_parts(lambda mel: run.vocoder(model.decode(model.encode(mel))), mels)
-    table.add(wav, "vae", "the real clip through the VAE", model="vae")
-    for stage, guidance, steps in PLAN:
-        add_stage(run, table, stage, guidance, steps)
-    return table
-
-
-def remarks(run: Run, table: Table) -> list[str]:
-    """What the reader of the figures must know."""
-    found = ["The captions were held out from training."]
-    if not run.data.has_test:
-        found = ["The captions were trained on: the data has no test split."]
-    clips, dimensions = table.judge.real.shape
-    if clips < dimensions:
-        found.append(f"fd means little: it compares {dimensions} dimensions by {clips} clips.")
-    return found
-
-
-def hardware(device: torch.device) -> str:
-    chip = f"{platform.processor() or platform.machine()} {device.type}, "
-    chip += f"{torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        chip = torch.cuda.get_device_name(device)
-    return f"{chip}, torch {torch.__version__}"
-
-
-def cells(row: dict) -> list[str]:
-    values = [row[column] for column in COLUMNS]
-    texts = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in values]
-    return ["-" if text == "None" else text for text in texts]
-
-
-def print_table(results: dict) -> None:
-    for line in [COLUMNS, *map(cells, results["rows"])]:
-        print(" ".join(text.rjust(max(8, len(column))) for column, text in zip(COLUMNS, line)))
-    print(f"\njudged by {results['rows'][0]['judge']}; rtf: seconds of computing per second of "
-          "audio, text to waveform, batch 64", *results["remarks"], sep="\n")
-    print(f"seed {results['seed']}, {results['hardware']}, {results['seconds']:.0f} s of training "
-          "and evaluation")
-
-
-def markdown_table(lines: list) -> str:
-    """Lines of cells as a table in Markdown; the first line names the columns."""
-    rule = ["-" * len(cell) for cell in lines[0]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
-
-
-def model_card(stage: str, results: dict) -> str:
-    """README.md of a model: how to load it, and the table of its run. Holds no local path."""
-    table = markdown_table([COLUMNS, *map(cells, results["rows"])])
-    return CARD.format(stage=stage, steps=1 if stage == "distill" else 24, table=table,
-                       judge=results["rows"][0]["judge"], remarks=" ".join(results["remarks"]),
-                       preset=results["config"]["preset"], seed=results["seed"])
+def report(results: dict) -> str:
+    """What results.json holds as a table, without empty columns, and what to know of it."""
+    rows = results["rows"]
+    columns = [name for name in COLUMNS if any(row[name] is not None for row in rows)]
+    lines = [columns]
+    for row in rows:
+        values = [row[name] for name in columns]
+        cells = [f"{round(x, 6):.3g}" if isinstance(x, float) else str(x) for x in values]
+        lines.append(["-" if cell == "None" else cell for cell in cells])
+    return "\n\n".join([
+        markdown(lines), " ".join(results["remarks"]),
+        "rtf: seconds of computing per second of audio, text to waveform, batch 64",
+        f"seed {results['seed']}, {results['hardware']}, {results['seconds']:.0f} s"])
 
 
 @torch.no_grad()
 def evaluate(run: Run) -> None:
     """Measure the models of a run; print the table; write results.json, the cards and the page."""
-    began = time.time()
-    table = measure(run)
-    notes = {stage: run.notes(stage) for stage in STAGES}
-    seconds = sum(held["seconds"] for held in notes.values()) + time.time() - began
-    config = asdict(run.flags)
-    for held in notes.values():         # as the stages were trained, whatever the flags are now
-        for name in config.keys() & held["settings"].keys() - {"data"}:
-            config[name] = held["settings"][name]
-    results = {"rows": table.rows, "config": config, "seed": run.flags.seed,
-               "hardware": hardware(run.device), "seconds": round(seconds, 1),
-               "remarks": remarks(run, table)}
+    table = Table(run)
+    if run.finished("vae"):
+        table.add_vae(run.load("vae"))
+    for stage, guidance, steps in ROWS:
+        if run.finished(stage):
+            table.add_model(run.load(stage), stage, NAMES[stage], guidance, steps)
+    remarks = [*run.data.remarks, *table.judge.remarks]
+    results = {"rows": table.rows, "config": asdict(run.flags), "seed": run.flags.seed,
+               "hardware": hardware(run.device), "seconds": round(time.time() - run.began, 1),
+               "remarks": remarks}
     write_atomically(run.out / "results.json", json.dumps(results, indent=2).encode())
-    for stage in notes:
-        write_atomically(run.folder(stage) / "README.md", model_card(stage, results).encode())
-    text = " ".join([*results["remarks"], STORY])
+    for stage in filter(run.finished, STAGES):
+        card = CARD.substitute(stage=stage, steps=1 if stage == "distill" else 24,
+                               size=run.flags.size, report=report(results))
+        write_atomically(run.folder(stage) / "README.md", card.encode())
     length = run.data.mels.shape[2] * fa.HOP / fa.SAMPLE_RATE                   # seconds
-    page = write_page(run.out / "listen", f"flashaudio: {run.out.name}", text, table.clips, length)
-    print_table(results)
-    print(f"{page}: {min(SHOWN, len(table.captions))} of the captions, to listen to in a browser")
+    page = write_page(run.out / "listen", f"flashaudio: {run.out.name}",
+                      " ".join([*remarks, STORY]), table.clips, length)
+    print(f"{report(results)}\n\n{page}: captions to listen to in a browser")

@@ -1,11 +1,11 @@
 """Judges: how good waveforms are, next to the real clips of the same captions.
 
 A judge is made with the rows that are judged and their real clips (N, samples), and called with
-other waveforms for these rows. It returns {"fd", "kl", "accuracy", "measured", "clap"}; what it
-cannot tell is None. `real` (N, E) is its embedding of the real clips, from which fd is measured.
+other waveforms for these rows: it returns the figures that it can tell, of fd, kl, accuracy,
+measured and clap. `real` (N, E) is its embedding of the real clips, to which fd is the distance,
+`fresh` real clips for the VAE, and `floor` the figures of real clips: no model should be better.
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,140 +15,192 @@ from torch import Tensor
 
 import flashaudio as fa
 from data import toy
+from data.audio import load_audio
 from data.clips import Clips
-from flashaudio import InputError
-from pretrained.text import hub_model
+from evaluation import toy_judge
+from evaluation.measures import clap_score, frechet_distance, kl_divergence
+from flashaudio import InputError, hub_model
 from runs.run import Run
+
+HEARD = 3.0     # decades of magnitude, 60 dB: what lies further below the loudest counts as silence
 
 
 class ToyJudge:
-    """For the toy set, with the classifier of data/toy.py. kl: its posterior on the real clip
+    """For the toy set, with the classifier of toy_judge.py. kl: its posterior on the real clip
     against that on the generated one. accuracy: the scene of the caption is the likeliest.
     measured: share of the details named in captions that signal processing finds."""
     name = "toy judge"
+    remarks = ["floor: real clips, made anew of the same scenes; row vae has these, too."]
 
     def __init__(self, data: Clips, rows: np.ndarray, wav: Tensor):
         self.scenes = [data.rows[i]["scene"] for i in rows]
         self.classes = torch.tensor([toy.scene_index(scene) for scene in self.scenes])
-        self.judge = toy.train_judge(toy.JUDGE, progress=sys.stderr.isatty())
-        toy.check_judge(self.judge, wav, self.scenes)       # refuses to judge below its bar
+        self.judge = toy_judge.train_judge()
+        toy_judge.check_judge(self.judge, wav, self.scenes)     # refuses to judge below its bar
         self.real, self.real_posterior = self.judge.judge(wav)
+        fresh = []
+        for i, scene in enumerate(self.scenes):     # splits and judge are made of streams 0 to 3
+            fresh.append(toy.synthesise(scene, np.random.default_rng((0, 4, i))))
+        self.fresh = torch.from_numpy(np.stack(fresh))                          # (N, samples)
+        self.floor = self(self.fresh)
 
     def __call__(self, wav: Tensor) -> dict:
         embedding, posterior = self.judge.judge(wav)
         details = []
         for clip, scene in zip(wav.numpy(), self.scenes):
-            details += toy.measure(clip, scene).values()
-        return {"fd": fa.frechet_distance(embedding, self.real),
-                "kl": fa.kl_divergence(self.real_posterior, posterior),
+            details += toy_judge.measure(clip, scene).values()
+        return {"fd": frechet_distance(embedding, self.real),
+                "kl": kl_divergence(self.real_posterior, posterior),
                 "accuracy": (posterior.argmax(1) == self.classes).float().mean().item(),
-                "measured": float(np.mean(details)) if details else None, "clap": None}
+                "measured": float(np.mean(details)) if details else None}
 
 
 class NearestClip:
-    """For any other data. accuracy: the real clip nearest in log-mel (L2), or a copy of it, has the
-    caption. fd: of the mean and std over time of each mel band."""
+    """For any other data. fd: of how clips sound while they sound, and of how long that is.
+    accuracy: the real clip that sounds most alike has the caption, or a copy of it has.
+
+    Short sounds end in silence, which is most of some clips and alike in good and bad ones. So a
+    frame 60 dB below the loudest of its clip is silence, whatever its noise: fd leaves it out, and
+    where two clips are silent they don't differ. floor: of clips to train on.
+    """
     name = "nearest log-mel"
 
     def __init__(self, data: Clips, rows: np.ndarray, wav: Tensor):
         self.captions = [data.captions[i] for i in rows]
-        self.mels = fa.mel_spectrogram(wav)                                     # (N, 80, T)
-        self.real = self.embed(self.mels)
+        mels = fa.mel_spectrogram(wav)                                          # (N, 80, T)
+        self.fresh = wav
+        self.heard = audible(mels)
         # One recording may stand in several rows, with a caption in each
         self.recordings = torch.unique(wav, dim=0, return_inverse=True)[1].tolist()
         self.described = set(zip(self.recordings, self.captions))
+        spare = other_rows(data, rows)
+        self.alone = len(spare) < 2
+        self.others = rows if self.alone else spare
+        others = torch.from_numpy(data.mels[data.file[self.others]])
+        self.compare_with(self.embed(mels), self.embed(others))
+        self.remarks = ["floor: clips to train on, unknown where all are judged."]
+        if len(set(self.captions)) == 1:
+            self.remarks.append("accuracy is left out: all clips have the same caption.")
 
     @staticmethod
     def embed(mels: Tensor) -> Tensor:
-        return torch.cat([mels.mean(2), mels.std(2)], 1)                        # (N, 160)
+        """Log-mels (N, 80, T) -> (N, 161): mean and std of each band, and how long a clip sounds.
 
-    def accuracy(self, mels: Tensor) -> float:
-        nearest = torch.cdist(mels.flatten(1), self.mels.flatten(1)).argmin(1)
-        heard = [self.recordings[i] for i in nearest]
-        return float(np.mean([pair in self.described for pair in zip(heard, self.captions)]))
+        A frame weighs as much as it is above silence. The length weighs as much as the level: a
+        clip that is twice as long is as far off as one that is twice as loud.
+        """
+        heard = audible(mels)
+        weight = heard.amax(1, keepdim=True) / HEARD + 1        # (N, 1, T): 1 loudest, 0 silent
+        frames = weight.sum(2)                                                  # (N, 1)
+        mean = (heard * weight).sum(2) / frames                                 # (N, 80)
+        variance = ((heard - mean[:, :, None]).square() * weight).sum(2) / frames
+        level = mels.amax((1, 2))[:, None]
+        length = mels.shape[1] ** 0.5 * (frames + 6).log10()
+        return torch.cat([mean + level, variance.sqrt(), length], 1)
+
+    def compare_with(self, real: Tensor, others: Tensor) -> None:
+        """Measure fd from embeddings real (N, E), along the main axes of others (M, E).
+
+        One axis for four clips at most: of more, a covariance would be mostly chance.
+        """
+        count = max(1, min(len(real), len(others)) // 4)
+        self.axes = torch.linalg.svd(others - others.mean(0), full_matrices=False).Vh[:count].T
+        self.real = real @ self.axes
+        self.floor = {"clips": len(others)}
+        if not self.alone:
+            self.floor["fd"] = self.distance(others)
+
+    def distance(self, embedding: Tensor) -> float:
+        return frechet_distance(embedding @ self.axes, self.real)
+
+    def accuracy(self, mels: Tensor) -> float | None:
+        if len(set(self.captions)) == 1:
+            return None
+        nearest = torch.cdist(audible(mels).flatten(1), self.heard.flatten(1)).argmin(1)
+        pairs = zip([self.recordings[i] for i in nearest], self.captions)
+        return float(np.mean([pair in self.described for pair in pairs]))
 
     def __call__(self, wav: Tensor) -> dict:
         mels = fa.mel_spectrogram(wav)
-        return {"fd": fa.frechet_distance(self.embed(mels), self.real), "kl": None,
-                "accuracy": self.accuracy(mels), "measured": None, "clap": None}
+        return {"fd": self.distance(self.embed(mels)), "accuracy": self.accuracy(mels)}
 
 
-class PublicJudge(NearestClip):
-    """With public models, as papers do: "CLAP" or "CLAP,AST", by folder or hub id. fd: of CLAP's
-    audio embedding. clap: its cosine with the caption. kl: of an AudioSet classifier (AST)."""
+class ClapJudge(NearestClip):
+    """With a CLAP model of transformers, a folder or hub id. fd: of its embedding of the clips.
+    clap: the cosine of that with its embedding of the captions."""
 
-    def __init__(self, data: Clips, rows: np.ndarray, wav: Tensor, models: str,
+    def __init__(self, data: Clips, rows: np.ndarray, wav: Tensor, source: str,
                  device: torch.device):
-        import transformers as hf
+        from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
         super().__init__(data, rows, wav)
-        self.name = ",".join(Path(m).name if Path(m).exists() else m for m in models.split(","))
-        self.device = device
-        clap, _, ast = models.partition(",")
-        self.clap = hub_model(hf.ClapModel, clap).to(device).eval()
-        self.clap_input = hub_model(hf.AutoFeatureExtractor, clap)
-        self.ast = None
-        if ast:
-            self.ast = hub_model(hf.ASTForAudioClassification, ast).to(device).eval()
-            self.ast_input = hub_model(hf.AutoFeatureExtractor, ast)
-        tokenizer = hub_model(hf.AutoTokenizer, clap)
-        tokens = tokenizer(self.captions, padding=True, truncation=True, return_tensors="pt")
+        self.name = Path(source).name
+        self.clap = hub_model(ClapModel, source).to(device).eval()
+        self.extractor = hub_model(AutoFeatureExtractor, source)
+        tokens = hub_model(AutoTokenizer, source)(self.captions, padding=True, truncation=True,
+                                                  return_tensors="pt").to(device)
         with torch.no_grad():
-            self.text = pooled(self.clap.get_text_features(**tokens.to(device))).cpu()
-        self.real, self.real_posterior = self.hear(wav)
-
-    def prepare(self, extractor, wav: Tensor) -> dict:
-        rate = extractor.sampling_rate
-        wav = torchaudio.functional.resample(wav, fa.SAMPLE_RATE, rate)
-        return extractor(list(wav.numpy()), sampling_rate=rate, return_tensors="pt").to(self.device)
+            self.text = self.clap.get_text_features(**tokens).pooler_output.cpu()
+        self.compare_with(self.hear(wav), self.hear(load_clips(data, self.others)))
 
     @torch.no_grad()
-    def hear(self, wav: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Waveforms (N, samples) -> CLAP embeddings (N, E), log-posteriors of AST (N, classes)."""
-        embeddings, posteriors = [], []
-        for part in wav.split(16):
-            output = self.clap.get_audio_features(**self.prepare(self.clap_input, part))
-            embeddings.append(pooled(output).cpu())
-            if self.ast:
-                logits = self.ast(**self.prepare(self.ast_input, part)).logits
-                posteriors.append(logits.log_softmax(1).cpu())
-        return torch.cat(embeddings), torch.cat(posteriors) if self.ast else None
+    def hear(self, wav: Tensor) -> Tensor:
+        """Waveforms (N, samples) -> CLAP's embeddings (N, E)."""
+        rate = self.extractor.sampling_rate
+        embeddings = []
+        for part in torchaudio.functional.resample(wav, fa.SAMPLE_RATE, rate).split(16):
+            audio = self.extractor(list(part.numpy()), sampling_rate=rate, return_tensors="pt")
+            output = self.clap.get_audio_features(**audio.to(self.clap.device))
+            embeddings.append(output.pooler_output.cpu())
+        return torch.cat(embeddings)
 
     def __call__(self, wav: Tensor) -> dict:
-        embedding, posterior = self.hear(wav)
-        return {"fd": fa.frechet_distance(embedding, self.real),
-                "kl": fa.kl_divergence(self.real_posterior, posterior) if self.ast else None,
-                "accuracy": self.accuracy(fa.mel_spectrogram(wav)), "measured": None,
-                "clap": fa.clap_score(embedding, self.text)}
+        embedding = self.hear(wav)
+        return {"fd": self.distance(embedding), "clap": clap_score(embedding, self.text),
+                "accuracy": self.accuracy(fa.mel_spectrogram(wav))}
 
 
-def pooled(output) -> Tensor:
-    """CLAP's projected embedding, which newer versions of transformers wrap."""
-    return output if isinstance(output, Tensor) else output.pooler_output
+def audible(mels: Tensor) -> Tensor:
+    """Log-mels (N, 80, T) less the loudest value of each clip; what is not heard is -HEARD."""
+    return (mels - mels.amax((1, 2), keepdim=True)).clamp(min=-HEARD)
+
+
+def load_clips(data: Clips, rows: np.ndarray) -> Tensor:
+    """Waveforms (N, samples) of rows, at the length of the clips."""
+    frames = data.mels.shape[2]
+    wavs = []
+    for i in rows:
+        loop = data.length[data.file[i]] == frames  # then a short sound was repeated
+        wavs.append(load_audio(data.rows[i]["audio_path"], frames * fa.HOP, data.start[i], loop))
+    return torch.stack(wavs)
+
+
+def other_rows(data: Clips, rows: np.ndarray) -> np.ndarray:
+    """As many rows to train on, each of another recording, none of which `rows` hold."""
+    files, first = np.unique(data.file[data.train], return_index=True)
+    spare = data.train[first[~np.isin(files, data.file[rows])]]
+    return np.random.default_rng(0).permutation(spare)[:len(rows)]
 
 
 def is_toy(data: Clips) -> bool:
     """Whether these are clips of the toy set, at its length: what its judge can judge."""
-    try:
-        scenes = [toy.scene_index(row["scene"]) for row in data.rows]
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return False
-    return len(scenes) > 0 and data.mels.shape[2] * fa.HOP == toy.SAMPLES
+    scenes = [toy.parse_scene(row.get("scene") or "") for row in data.rows]
+    known = all(relation.join(kinds) in toy.SCENES for relation, kinds, _ in scenes)
+    return known and data.mels.shape[2] * fa.HOP == toy.SAMPLES
 
 
-def check_judge(models: str, data: Clips) -> None:
+def check_judge(source: str, data: Clips) -> None:
     """Ask for what the evaluation will need, before the work and not after it. InputError."""
     if len(data.held_out(2)) < 2:
-        raise InputError("stage eval compares at least 2 clips, and there are fewer to judge by")
-    if models and not is_toy(data):
+        raise InputError("at least 2 clips are needed to judge by: the data has fewer")
+    if source and not is_toy(data):
         from transformers import AutoConfig
-        for model in models.split(","):
-            hub_model(AutoConfig, model)
+        hub_model(AutoConfig, source)
 
 
 def make_judge(run: Run, rows: np.ndarray, wav: Tensor) -> ToyJudge | NearestClip:
-    """The toy set's own; for other data the models that flag `judge` names, or the nearest clip."""
+    """The toy set's own; for other data the CLAP that flag `judge` names, or the nearest clip."""
     if is_toy(run.data):
         return ToyJudge(run.data, rows, wav)
     if run.flags.judge:
-        return PublicJudge(run.data, rows, wav, run.flags.judge, run.device)
+        return ClapJudge(run.data, rows, wav, run.flags.judge, run.device)
     return NearestClip(run.data, rows, wav)

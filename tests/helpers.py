@@ -1,23 +1,20 @@
 """What test files share: tiny models, tones, the public fixtures, a way to run scripts."""
 
-import csv
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
+from safetensors.torch import load_file
 from scipy.io import wavfile
 from torch import Tensor, nn
 
 from flashaudio import DiTConfig, FlashAudio, FlashAudioConfig, TextConfig, VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-PARITY = ROOT.parent / "shared" / "parity"
-public_fixtures = pytest.mark.skipif(not PARITY.is_dir(), reason="the public fixtures are not here")
+PARITY = ROOT / "tests" / "parity"
 TINY = FlashAudioConfig(
     VAEConfig(channels=32, channel_mult=(1, 1), res_blocks=1, norm_groups=4),
     DiTConfig(context_dim=32, hidden_size=32, num_heads=2, depth=1, max_len=64),
@@ -40,8 +37,7 @@ def tiny_model(seed: int = 0, config: FlashAudioConfig = TINY) -> FlashAudio:
 
 
 def fixture(name: str) -> dict[str, Tensor]:
-    """The tensors of a public fixture: vae_io, dit_weights ..."""
-    from safetensors.torch import load_file
+    """The tensors of a file of tests/parity: vae_io, dit_weights ..."""
     return load_file(PARITY / f"{name}.safetensors")
 
 
@@ -67,7 +63,7 @@ def exit_code(script: str, *typed) -> int:
     """What train.py or sample.py answers to these arguments, in this process."""
     import sample
     import train
-    from runs.run import one_line_errors, stop
+    from runs.run import one_line_errors
     try:
         with one_line_errors(script):
             if script == "sample.py":
@@ -77,27 +73,22 @@ def exit_code(script: str, *typed) -> int:
                     train.main(run)
     except SystemExit as e:
         return e.code
-    finally:                                            # as it was
-        stop.asked = 0
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return 0
 
 
-def tone(samples: int = 16000, rate: int = 16000) -> np.ndarray:
-    return 0.5 * np.sin(2 * np.pi * 440 * np.arange(samples) / rate)
+def tone(samples: int = 16000, rate: int = 16000, pitch: float = 440) -> np.ndarray:
+    return 0.5 * np.sin(2 * np.pi * pitch * np.arange(samples) / rate)
 
 
 def write_clips(folder: Path, n: int = 6, samples: int = 20_000) -> Path:
     """n tones as WAV, and their manifest -> the manifest."""
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [("audio_path", "caption")]
+    lines = ["audio_path,caption\n"]
     for i in range(n):
-        tone = 0.5 * np.sin(2 * np.pi * (200 + 150 * i) * np.arange(samples) / 16000)
-        wavfile.write(folder / f"{i}.wav", 16000, (tone * 32767).astype(np.int16))
-        rows.append((f"{i}.wav", f"tone number {i}"))
-    with open(folder / "manifest.csv", "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows(rows)
+        wav = tone(samples, pitch=200 + 150 * i)
+        wavfile.write(folder / f"{i}.wav", 16000, (wav * 32767).astype(np.int16))
+        lines.append(f"{i}.wav,tone number {i}\n")
+    (folder / "manifest.csv").write_text("".join(lines))
     return folder / "manifest.csv"
 
 

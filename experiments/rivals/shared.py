@@ -1,4 +1,4 @@
-"""What the rivals share: a model with another sampler, and what training may cost.
+"""What the rivals share: how one is trained in a run, and what its training may cost.
 
 Costs are counted in forwards of the backbone for one clip. A training step is three a clip, as a
 backward is two; an Euler step is one, a guided one two. VAE, text encoder and vocoder are the same
@@ -6,15 +6,16 @@ for all and left out.
 """
 
 from dataclasses import replace
-from typing import Any, Callable
+from functools import partial
+from typing import Callable
 
 import torch
 from torch import Tensor
 
 import flashaudio as fa
 import train
+from experiments.bench import evaluations
 from flashaudio import FlashAudio
-from runs.plan import evaluations
 from runs.run import Run
 
 TRAINING = 3            # forward and backward
@@ -44,34 +45,51 @@ def chain_cost(flags: train.Flags, last: str = "distill") -> int:
     return total
 
 
-def after_cfm(flags: train.Flags) -> int:
-    """Forwards that FlashAudio takes from the CFM on: what a rival that starts there is given."""
-    return chain_cost(flags) - chain_cost(flags, "cfm")
-
-
 def affordable(flags: train.Flags, forwards: float, cost: float) -> int:
     """Training steps that `forwards` pay for, at so many a clip."""
     return max(1, int(forwards / (cost * flags.batch_size)))
 
 
-def batches(run: Run, stage: str, model: FlashAudio, density: Callable[..., Tensor],
-            dropout: float) -> train.Draw:
-    """train.clip_batches with another share of captions replaced by ""."""
-    flags = replace(run.flags, caption_dropout=dropout)
-    return train.clip_batches(replace(run, flags=flags), stage, model, density)[0]
-
-
-def read(model: FlashAudio, text: Tensor) -> Tensor:
-    """The texts of a batch, contexts or not yet -> contexts (B, N, D)."""
-    return text.float() if text.is_floating_point() else model.text(text)
-
-
 class Rival(FlashAudio):
-    """A FlashAudio with another sampler: `generate`, evaluation and files are as they were.
+    """A FlashAudio that is trained in another way, with another sampler.
 
-    sampler(network, z0, context, null, steps, guidance) -> the path (steps + 1, B, C, L).
+    It starts from the model of a stage, and has what FlashAudio takes from there to its last stage.
     """
-    sampler: Callable[..., Tensor]
+    label: str                                      # in the table
+    start = "cfm"
+    parts = ("dit",)                                # what is trained
+    cost: int                                       # forwards a clip of a training step
+    lr: float
+    guidance = 3.0
+    tried: tuple                                    # learning rates, and ω, by --tune
+    sampled: tuple                                  # steps and ω of its rows; the first by --tune
+    uses: tuple[Callable, ...] = ()                 # functions that its weights depend on
+    density: Callable[..., Tensor] = staticmethod(fa.uniform)
+    dropout: float | None = None                    # of captions; None: as the chain has it
+
+    @classmethod
+    def trained(cls, run: Run, lr: float | None = None, guidance: float | None = None,
+                share: float = 1.0) -> FlashAudio:
+        """The rival of a run, trained on `share` of its compute unless it is there."""
+        lr, guidance = lr or cls.lr, guidance or cls.guidance
+        flags = run.flags
+        spent = chain_cost(flags, "cfm") if cls.start == "cfm" else 0
+        steps = affordable(flags, share * (chain_cost(flags) - spent), cls.cost)
+        stage = f"{cls.__name__.lower()}-{lr:g}-{guidance:g}-{steps}"
+        start = run.load(cls.start).requires_grad_(False)
+        if not run.done(stage, start, cls, *cls.uses):
+            dropout = flags.caption_dropout if cls.dropout is None else cls.dropout
+            own = replace(run, flags=replace(flags, caption_dropout=dropout))
+            draw = partial(train.get_batch, own, stage, train.Latents(run, start), cls.density,
+                           fa.no_pairing)
+            model = cls.begin(start, flags.seed)
+            train.fit(run, stage, model, cls.parts, draw, cls.loss(start, guidance), steps, lr)
+        return cls.from_pretrained(run.folder(stage), str(run.device))
+
+    @classmethod
+    def loss(cls, start: FlashAudio, guidance: float) -> Callable[..., Tensor]:
+        """loss(model, z0, z1, t, text) -> scalar, of a rival that starts from a frozen model."""
+        raise NotImplementedError
 
     @classmethod
     def begin(cls, model: FlashAudio, seed: int) -> "Rival":
@@ -83,19 +101,10 @@ class Rival(FlashAudio):
         assert not unknown, unknown
         return rival.to(model.device)
 
-    @torch.no_grad()
-    def sample_latents(self, prompts: Any, steps: int = 1, guidance: float = 1.0,
-                       seconds: float | None = None, seed: int | None = None,
-                       z0: Tensor | None = None, return_trajectory: bool = False) -> Tensor:
-        """As FlashAudio.sample_latents, of captions."""
-        prompts = self.check(prompts, steps, guidance, seconds)
-        if z0 is None:
-            z0 = self.noise(prompts, seed or 0, self.latent_shape(seconds))
-        null = self.contexts([""]).expand(len(prompts), -1, -1)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            path = self.sampler(self.dit, z0.to(self.device), self.contexts(prompts), null, steps,
-                                guidance)
-        return path if return_trajectory else path[-1]
+
+def read(model: FlashAudio, text: Tensor) -> Tensor:
+    """The texts of a batch, contexts or not yet -> contexts (B, N, D)."""
+    return text.float() if text.is_floating_point() else model.text(text)
 
 
 def estimate(network: fa.Velocity, z: Tensor, t: Tensor, context: Tensor) -> Tensor:

@@ -1,0 +1,35 @@
+"""Measures of generated clips against real ones, as the papers report them."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flashaudio import InputError
+
+
+def frechet_distance(x: Tensor, y: Tensor) -> float:
+    """Fréchet distance of Gaussians fitted to embeddings x (N, E), y (M, E) (Heusel et al. 2017).
+
+    Raises InputError for fewer than two clips on a side, and for clips whose embedding is NaN.
+    """
+    x, y = x.cpu().double(), y.cpu().double()       # MPS has no float64
+    if min(len(x), len(y)) < 2:
+        raise InputError(f"fd compares clips with clips: {len(x)} with {len(y)} are too few, take "
+                         "2 of each or more")
+    if not (x.isfinite().all() and y.isfinite().all()):
+        raise InputError("fd can't be measured: a clip holds NaN or infinite numbers, so that the "
+                         "model that made it must be trained again, at a smaller rate")
+    cov_x, cov_y = (torch.atleast_2d(points.T.cov()) for points in (x, y))      # (E, E)
+    cross = torch.linalg.eigvals(cov_x @ cov_y).real.clamp(min=0).sqrt().sum()
+    distance = (x.mean(0) - y.mean(0)).pow(2).sum() + cov_x.trace() + cov_y.trace() - 2 * cross
+    return max(0.0, distance.item())                # rounding may go below
+
+
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> float:
+    """Mean KL(p || q) in nats of paired log-posteriors (N, classes): p real clips, q generated."""
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True).item()
+
+
+def clap_score(audio: Tensor, text: Tensor) -> float:
+    """Mean cosine of paired CLAP embeddings of audio and caption, each (N, E)."""
+    return F.cosine_similarity(audio, text).mean().item()
