@@ -441,12 +441,12 @@ class TextConfig:
 
 
 def clean_text(text: str) -> str:
-    """A caption or prompt as models read it: NFC, as people type, and no control characters.
+    """A caption or prompt as models read it: NFC, as people type, with one space between words.
 
     macOS hands out names in which é is two letters.
     """
     text = unicodedata.normalize("NFC", text)
-    return "".join(" " if unicodedata.category(x) == "Cc" else x for x in text).strip()
+    return " ".join("".join(" " if unicodedata.category(x) == "Cc" else x for x in text).split())
 
 
 class TextEncoder(nn.Module):
@@ -514,10 +514,11 @@ def hub_model(auto: type, source: str, **how):
     Raises InputError, in one line, for what cannot be loaded.
     """
     folder = Path(source).expanduser()
-    if folder.is_absolute() and not folder.is_dir():
+    if not folder.is_dir() and source.startswith((".", "~", "/")):
         raise InputError(f"{source}: this folder of a model is needed, and is not there")
     try:
-        return auto.from_pretrained(str(folder), trust_remote_code=False, **how)
+        place = str(folder) if folder.is_dir() else source
+        return auto.from_pretrained(place, trust_remote_code=False, **how)
     except Exception as e:                          # transformers and the hub have many
         cause = (str(e) or type(e).__name__).splitlines()[0]
         raise InputError(f"{source}: not loaded by {auto.__name__} ({cause})") from e
@@ -628,11 +629,12 @@ class Attention(nn.Module):
         """(B, L, width) -> (B, H, L, width / H)."""
         return x.unflatten(-1, (len(self.gate), -1)).transpose(1, 2)
 
-    def forward(self, x: Tensor, y: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, there: Tensor, rope: Tensor) -> Tensor:
         q = rotate(self.heads(self.wq(x)), rope)
         k = rotate(self.heads(self.wk(x)), rope)
         audio = F.scaled_dot_product_attention(q, k, self.heads(self.wv(x)))
-        text = F.scaled_dot_product_attention(q, self.heads(self.wk_y(y)), self.heads(self.wv_y(y)))
+        text = F.scaled_dot_product_attention(q, self.heads(self.wk_y(y)), self.heads(self.wv_y(y)),
+                                              there[:, None, None])
         out = torch.addcmul(audio, self.gate.tanh()[:, None, None].to(text.dtype), text)
         return self.wo(out.transpose(1, 2).flatten(2))
 
@@ -663,11 +665,12 @@ class Block(nn.Module):
         self.attention_y_norm = nn.RMSNorm(context_dim, eps=1e-5)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Tensor, c: Tensor, y: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x: Tensor, c: Tensor, y: Tensor, there: Tensor, rope: Tensor) -> Tensor:
         """x (B, L, width), c (B, width) of time and text, y (B, N, D) -> (B, L, width)."""
         shift_a, scale_a, gate_a, shift_f, scale_f, gate_f = self.adaLN_modulation(c).chunk(6, -1)
         h = modulate(self.attention_norm(x), shift_a, scale_a)
-        x = torch.addcmul(x, gate_a[:, None], self.attention(h, self.attention_y_norm(y), rope))
+        heard = self.attention(h, self.attention_y_norm(y), there, rope)
+        x = torch.addcmul(x, gate_a[:, None], heard)
         h = modulate(self.ffn_norm(x), shift_f, scale_f)
         return torch.addcmul(x, gate_f[:, None], self.feed_forward(h))
 
@@ -739,10 +742,13 @@ class DiT(nn.Module):
         length = z.shape[-1]                        # at most max_len
         rope = self.rope[:, :length]
         time = (1000 * t).floor() if self.integer_time else 1000 * t
-        c = self.t_embedder(time) + self.cap_embedder(context.mean(1))          # (B, width)
+        there = context.any(2)                      # (B, N): padding is all zeros, and not heard
+        there = there | ~there.any(1, keepdim=True)         # of nothing but padding: all
+        pooled = context.sum(1) / there.sum(1, keepdim=True)
+        c = self.t_embedder(time) + self.cap_embedder(pooled)       # (B, width)
         x = self.proj_in(z.transpose(1, 2)) + self.places[:length]              # (B, L, width)
         for block in self.blocks:
-            x = block(x, c, context, rope)
+            x = block(x, c, context, there, rope)
         return self.final_layer(x, c).transpose(1, 2).to(z.dtype)
 
 

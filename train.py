@@ -315,8 +315,10 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
                         "optimizer": optimizer.state_dict()}, state)
             write_atomically(checkpoint, state.getbuffer())
     torch._foreach_copy_([p.detach() for p in weights], ema)
-    if "vae" in parts:                                  # the size of its latents has changed
-        model.scale_factor.copy_(latent_scale(model, run.data.some_mels(flags.seed)))
+    if "vae" in parts:                                  # latents of std 1; over clips, not a batch
+        files = run.data.file[run.data.some(min(1024, len(run.data.train)), flags.seed)]
+        mean, std = torch.from_numpy(run.data.latents(model)[files]).unbind(1)
+        model.scale_factor.fill_((mean.var() + std.square().mean()).rsqrt())
     seconds += time.time() - began
     run.save(stage, model.eval(), seconds)
     print(f"{stage}: {steps} steps in {seconds:.0f} s, loss {smooth:.4f}, peak memory "
@@ -360,17 +362,6 @@ def held_out_loss(run: Run, model: FlashAudio, loss: Callable[..., Tensor],
         with fa.autocast(run.device):
             losses.append(loss(model, *(x.to(run.device) for x in check(i))).item())
     return float(np.mean(losses))
-
-
-@torch.no_grad()
-def latent_scale(model: FlashAudio, clips: np.ndarray) -> Tensor:
-    """1 / std of sampled latents of mels (N, 80, T); the public code takes its first batch."""
-    means, variances = [], []
-    for part in torch.tensor(clips).split(32):
-        mean, logvar = model.vae.encode(part.to(model.device))
-        means.append(mean)
-        variances.append(logvar.exp())
-    return 1 / (torch.cat(means).var() + torch.cat(variances).mean()).sqrt()
 
 
 # ---- The stages: pairing, density, loss and sampler are arguments, any callable ------------------

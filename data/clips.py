@@ -73,7 +73,7 @@ class Clips:
         rows, problems = read_folder(source) if folder else read_manifest(source)
         left = left_out(source) if folder else ""
         if not rows:
-            raise InputError(f"{source}: holds no usable clips{left}")
+            raise InputError("; ".join([f"{source}: holds no usable clips{left}", *problems[:1]]))
         total = len(rows) + len(problems)
         paths = sorted({row["audio_path"] for row in rows})
         known = dict(in_threads(content_of, paths, "files"))
@@ -161,7 +161,7 @@ class Clips:
         for row in whole[:examples]:
             print(f"{row['audio_path']}: {row['caption']}")
         if cut:
-            besides = f"; {len(cut)} of {len(whole)} recordings are cut into {sum(cut)}{besides}"
+            besides = f"; {len(cut)} of {len(whole)} sounds are cut into {sum(cut)} clips{besides}"
         print(f"clips: {len(self.train)} to train on, {len(self.validation)} validation, "
               f"{len(self.test)} test; {len(set(self.captions))} distinct captions{besides}")
         print(*self.remarks, *doubts([row["caption"] for row in whole]), sep="\n")

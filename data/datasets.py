@@ -12,7 +12,7 @@ import csv
 import os
 from pathlib import Path
 
-from data.rows import AUDIO, SPLITS, read_table, walk
+from data.rows import AUDIO, SPLITS, find, read_table, walk
 from flashaudio import InputError
 from runs.run import one_line_errors
 
@@ -21,19 +21,19 @@ WORDINGS = ("{}", "the sound of {}", "a recording of {}")       # of the name of
 # The tables of a set, each with the file of a row's sound, columns of captions, that of the split,
 # and which of its values is which split; the rest is for training
 PUBLISHED = {
-    "esc50": [("meta/esc50.csv", "audio/{filename}", ("category",),
-               "fold", {"4": "validation", "5": "test"})],
-    "urbansound8k": [("metadata/UrbanSound8K.csv", "audio/fold{fold}/{slice_file_name}", ("class",),
-                      "fold", {"9": "validation", "10": "test"})],
-    "fsd50k": [("FSD50K.ground_truth/dev.csv", "FSD50K.dev_audio/{fname}.wav", ("labels",),
-                "split", {"val": "validation"}),
-               ("FSD50K.ground_truth/eval.csv", "FSD50K.eval_audio/{fname}.wav", ("labels",),
-                "", {"": "test"})],
+    "esc50": [("meta/esc50.csv", "audio/{filename}", ("category",), "fold",
+               {"4": "validation", "5": "test"})],
+    "urbansound8k": [("metadata/UrbanSound8K.csv", "audio/fold{fold}/{slice_file_name}",
+                      ("class",), "fold", {"9": "validation", "10": "test"})],
+    "fsd50k": [("FSD50K.ground_truth/dev.csv", "FSD50K.dev_audio/{fname}.wav", ("labels",), "split",
+                {"val": "validation"}),
+               ("FSD50K.ground_truth/eval.csv", "FSD50K.eval_audio/{fname}.wav", ("labels",), "",
+                {"": "test"})],
     "clotho": [("clotho_captions_development.csv", "development/{audio_path}", CLOTHO, "", {}),
-               ("clotho_captions_validation.csv", "validation/{audio_path}", CLOTHO,
-                "", {"": "validation"}),
-               ("clotho_captions_evaluation.csv", "evaluation/{audio_path}", CLOTHO,
-                "", {"": "test"})]}
+               ("clotho_captions_validation.csv", "validation/{audio_path}", CLOTHO, "",
+                {"": "validation"}),
+               ("clotho_captions_evaluation.csv", "evaluation/{audio_path}", CLOTHO, "",
+                {"": "test"})]}
 YOUTUBE = {"audiocaps": "youtube_id", "musiccaps": "ytid"}
 
 
@@ -56,7 +56,7 @@ def published(name: str, folder: Path):
                 if captions != CLOTHO:              # a class; of several the first, which is exact
                     text = text.partition(",")[0].replace("_", " ").lower()
                     text = WORDINGS[i % 3].format(text)
-                yield folder / file.format(**row), text, split
+                yield find(folder, file.format(**row)), text, split
 
 
 def from_youtube(name: str, folder: Path, sources: list[str]):
@@ -65,7 +65,7 @@ def from_youtube(name: str, folder: Path, sources: list[str]):
         raise InputError(f"{name} needs --csv, its table of captions")
     files = {}
     for file in walk(folder):
-        if file.suffix.lower() in AUDIO and file.stat().st_size > 0:
+        if file.suffix.lower() in AUDIO and file.exists() and file.stat().st_size > 0:
             files.update(dict.fromkeys((file.stem, file.stem[:11], file.stem[1:12]), file))
     for source in sources:
         path, _, split = source.rpartition(":")
@@ -80,7 +80,7 @@ def from_youtube(name: str, folder: Path, sources: list[str]):
 def write_manifest(rows, out: Path) -> tuple[int, list[str]]:
     """Write audio_path,caption,split -> number of rows, names of files that are not there."""
     found = []
-    missing = {}
+    missing = {}                                    # in order, each name once
     for file, caption, split in rows:
         if file.is_file() and file.stat().st_size > 0:
             found.append((os.path.relpath(file, out.parent), caption, split))

@@ -137,8 +137,12 @@ def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
         if empty:
             problems.append(f"{path}, line {row['line']}: {' and '.join(empty)} is empty")
             continue
-        row["audio_path"] = str(find(path.parent, row["audio_path"]))
-        row["caption"] = clean_text(row["caption"])
+        words = row["caption"].split(",")           # commas without quotes may be in the name
+        files = [find(path.parent, ",".join([row["audio_path"], *words[:n]]))
+                 for n in range(len(words))]
+        there = [n for n, file in enumerate(files) if os.path.exists(file)] or [0]
+        row["audio_path"] = str(files[there[0]])
+        row["caption"] = clean_text(",".join(words[there[0]:]))
         row["split"] = SPLITS[split.lower()]
         rows.append(row)
     return rows, problems
@@ -162,8 +166,7 @@ def read_folder(folder: Path) -> tuple[list[dict], list[str]]:
     """A row for every sound below a folder, sorted, and a sentence for each without a caption.
 
     What lies in a first folder called test, validation ... is that split, the rest is for training.
-    A metadata.csv or .jsonl beside sounds is a manifest of their captions. What is no sound is
-    counted in a line.
+    A metadata.csv or metadata.jsonl is a manifest of sounds below it.
     """
     files = walk(folder)
     rows, problems, told = [], [], {}

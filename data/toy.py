@@ -57,8 +57,6 @@ SCENES = KINDS + SEQUENCES + TOGETHER  # what the judge chooses between
 HELD_OUT = set(SEQUENCES[3::7])  # for the test split only: one sequence in seven
 
 
-# ---- Sounds -------------------------------------------------------------------------------------
-
 def harmonics(frequency: np.ndarray, weights: list[float]) -> np.ndarray:
     """Weighted sum of the multiples 1, 2, 3, ... of a frequency (samples,) in Hz that may move."""
     turns = np.cumsum(frequency / SAMPLE_RATE, dtype=np.float64) % 1
@@ -128,8 +126,6 @@ def sound(kind: str, detail: str, t: np.ndarray, rng: np.random.Generator) -> np
     raise ValueError(f"unknown sound {kind!r}; known are {', '.join(KINDS)}")
 
 
-# ---- Scenes, captions, the set ------------------------------------------------------------------
-
 def parse_scene(scene: str) -> tuple[str, list[str], list[str]]:
     """Relation ("", ">" or "+"), kinds, and details ("" where none) of a scene."""
     relation = next((sign for sign in ">+" if sign in scene), "")
@@ -191,9 +187,8 @@ def write_toy_set(folder: Path | str, train_clips: int = 2400, test_clips: int =
 
     2400 training clips are about ten of each pair; 256 test clips give an accuracy to within about
     3 points. The second half of the test split holds sequences absent from training, and a third of
-    the test captions are worded in ways unseen in training; validation clips are like those of
-    training, with no caption of the test split. Raises InputError for a manifest that is not a toy
-    set, OSError where it cannot write.
+    its captions are worded in ways unseen there. Validation clips are like those of training, with
+    no caption of the test split. Raises InputError for a manifest that is not a toy set.
     """
     folder = Path(folder)
     manifest = folder / "manifest.csv"

@@ -59,9 +59,9 @@ class NearestClip:
     """For any other data. fd: of how clips sound while they sound, and of how long that is.
     accuracy: the real clip that sounds most alike has the caption, or a copy of it has.
 
-    Short sounds end in silence, which is most of some clips and alike in good and bad ones. So a
-    frame 60 dB below the loudest of its clip is silence, whatever its noise: fd leaves it out, and
-    where two clips are silent they don't differ. floor: of clips to train on.
+    Short sounds end in silence, which is most of some clips, and the same in good and in bad ones.
+    So what is 60 dB below the loudest of its clip is silence, whatever its noise: it has no weight
+    in fd, and two silences are alike. floor: of clips to train on.
     """
     name = "nearest log-mel"
 
@@ -78,7 +78,7 @@ class NearestClip:
         self.others = rows if self.alone else spare
         others = torch.from_numpy(data.mels[data.file[self.others]])
         self.compare_with(self.embed(mels), self.embed(others))
-        self.remarks = ["floor: clips to train on, unknown where all are judged."]
+        self.remarks = ["floor: clips to train on; there is none where all are judged."]
         if len(set(self.captions)) == 1:
             self.remarks.append("accuracy is left out: all clips have the same caption.")
 
@@ -95,7 +95,7 @@ class NearestClip:
         mean = (heard * weight).sum(2) / frames                                 # (N, 80)
         variance = ((heard - mean[:, :, None]).square() * weight).sum(2) / frames
         level = mels.amax((1, 2))[:, None]
-        length = mels.shape[1] ** 0.5 * (frames + 6).log10()
+        length = mels.shape[1] ** 0.5 * frames.log10()
         return torch.cat([mean + level, variance.sqrt(), length], 1)
 
     def compare_with(self, real: Tensor, others: Tensor) -> None:

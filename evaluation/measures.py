@@ -10,15 +10,13 @@ from flashaudio import InputError
 def frechet_distance(x: Tensor, y: Tensor) -> float:
     """Fréchet distance of Gaussians fitted to embeddings x (N, E), y (M, E) (Heusel et al. 2017).
 
-    Raises InputError for fewer than two clips on a side, and for clips whose embedding is NaN.
+    Raises InputError for fewer than two clips on a side, and for clips that hold NaN.
     """
     x, y = x.cpu().double(), y.cpu().double()       # MPS has no float64
     if min(len(x), len(y)) < 2:
-        raise InputError(f"fd compares clips with clips: {len(x)} with {len(y)} are too few, take "
-                         "2 of each or more")
+        raise InputError(f"fd compares 2 clips or more with 2 or more, not {len(x)} with {len(y)}")
     if not (x.isfinite().all() and y.isfinite().all()):
-        raise InputError("fd can't be measured: a clip holds NaN or infinite numbers, so that the "
-                         "model that made it must be trained again, at a smaller rate")
+        raise InputError("fd of clips that hold NaN: train the model that made them again")
     cov_x, cov_y = (torch.atleast_2d(points.T.cov()) for points in (x, y))      # (E, E)
     cross = torch.linalg.eigvals(cov_x @ cov_y).real.clamp(min=0).sqrt().sum()
     distance = (x.mean(0) - y.mean(0)).pow(2).sum() + cov_x.trace() + cov_y.trace() - 2 * cross

@@ -1,35 +1,125 @@
-"""Is this machine fit, and how fast is it?  python -m experiments.bench
+"""How fast is this machine, and what would a recipe take?
 
-Tables, then JSON: what the toy model computes here, against float32 on the CPU; one step of each
-preset, in milliseconds; training by train.py, all stages of the first preset and of toy, the 1-RF
-of the others, with the hours of the recipe. Nothing is downloaded: sounds are made, text is read as
-bytes.
+    python -m experiments.bench                             measures sampling and training here
+    python -m experiments.bench --plan 60 --size small      an estimate at 60 TFLOP/s; runs nothing
+
+To measure, sounds are made and text is read as bytes. For the plan, shapes without numbers pass
+through the loss of each stage; evaluation, mels, latents and a frozen text encoder come on top.
 """
 
 import argparse
 import json
+import math
 import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
 
 import flashaudio as fa
 import train
 from data import toy
-from data.clips import Couplings
-from evaluation.evaluate import hardware
-from pretrained import vocoders
-from runs.plan import Row, plan
-from runs.run import STAGES, Run, find_device, one_line_errors, peak_memory
-from runs.start import new_model
+from evaluation.evaluate import markdown
+from runs.run import STAGES, find_device, hardware, one_line_errors, peak_memory
 
-# Dense bf16 FLOP/s with float32 sums, from data sheets; the first that is in the device's name
-PEAKS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12,
-         "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
+STATE = 20      # bytes for a trained parameter: weight, gradient, average, two moments
+SAVED = 0.5     # of what autograd keeps in float32: most of it is bfloat16 on a GPU
+
+
+def coupling_cost(flags: train.Flags, stage: str) -> int:
+    """Forwards of the backbone for a pair of rf2 or distill; with anchored optimisation, at most.
+
+    The gradient of Eq. 10 is to ∅ alone, and takes as much as a forward.
+    """
+    steps = getattr(flags, f"{stage}_coupling_steps")
+    if getattr(flags, f"{stage}_guidance") == 1.0:
+        return steps
+    if flags.anchor_steps == 0:
+        return 2 * steps
+    # The unguided path, v(z, t, c) (at z0 the path's), v(z, t, ∅); each iteration the last again
+    return (3 + 2 * flags.anchor_steps) * steps - 1
+
+
+def cost(loss: Callable[..., Tensor], *batch) -> tuple[int, int, int]:
+    """Operations of a forward pass, of its backward pass, and bytes kept between the two."""
+    kept = {}
+
+    def keep(x: Tensor) -> Tensor:
+        if not isinstance(x, nn.Parameter):
+            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
+        return x
+
+    with FlopCounterMode(display=False) as counter:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            value = loss(*batch)
+        forward = counter.get_total_flops()
+        value.backward()
+    return forward, counter.get_total_flops() - forward, sum(kept.values())
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def plan(flags: train.Flags) -> list[dict]:
+    """What the stages and the couplings before them take, in their order: parameters trained,
+    operations in a step (of pairs: in a batch), steps, bytes of memory."""
+    config = fa.SIZES[flags.size]
+    tokens = config.text.max_length // 4
+    if flags.init or flags.text != "bytes":         # stays on the hub: its contexts are enough
+        tokens = 154 if flags.init else 77
+        config = replace(config, text=fa.TextConfig("none"))
+    part = max(1, flags.batch_size // flags.grad_accum)
+    with torch.device("meta"):
+        model = fa.FlashAudio(config)
+        z, t = torch.empty(part, *model.latent_shape()), torch.empty(part)
+        context = torch.empty(part, tokens, config.dit.context_dim)
+        frames = max(1, min(flags.vae_frames, config.frames) // model.stride) * model.stride
+        mel, noise = torch.empty(part, 80, frames), z[:, :, :frames // model.stride]
+        text = torch.zeros(part, config.text.max_length, dtype=torch.long)
+    flow = with_text = cost(fa.rectified_flow_loss, model, z, z, t, context)
+    if model.text is not None:
+        with_text = cost(fa.rectified_flow_loss, model, z, z, t, text)
+    whole, vae, dit = count(model), count(model.vae), count(model.dit)
+    stages = {"vae": (vae, cost(fa.vae_loss, model.vae, mel, noise, 1.0)),
+              "cfm": (whole - vae, with_text), "rf1": (whole - vae, with_text),
+              "rf2": (dit, flow), "distill": (dit, flow)}
+    rows = []
+    for stage, (trained, (forward, backward, kept)) in stages.items():
+        if stage in ("rf2", "distill"):
+            rows.append({"stage": f"{stage} pairs", "trained": 0,
+                         "flop": forward * coupling_cost(flags, stage),
+                         "steps": math.ceil(getattr(flags, f"{stage}_couplings") / part),
+                         "bytes": 4 * whole + SAVED * kept})
+        rows.append({"stage": stage, "trained": trained,
+                     "flop": (forward + backward) * flags.batch_size / part,
+                     "steps": getattr(flags, f"{stage}_steps"),
+                     "bytes": STATE * trained + SAVED * kept})
+    return rows[2:] if flags.init else rows
+
+
+def print_plan(flags: train.Flags, speed: float) -> None:
+    """The plan at `speed` TFLOP/s."""
+    rows = []
+    for row in plan(flags):
+        rows.append({"stage": row["stage"], "trained, M": row["trained"] / 1e6,
+                     "TFLOP/step": row["flop"] / 1e12, "steps": row["steps"],
+                     "GiB": row["bytes"] / 2 ** 30,
+                     "hours": row["flop"] * row["steps"] / (speed * 1e12) / 3600})
+    print_rows(rows)
+    print(f"size {flags.size} at {speed:g} TFLOP/s: {sum(row['hours'] for row in rows):.2f} hours, "
+          "an estimate: nothing was run")
+
+
+def print_rows(rows: list[dict]) -> None:
+    lines = [list(rows[0])]
+    for row in rows:
+        lines.append([f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()])
+    print(markdown(lines), end="\n\n")
 
 
 def milliseconds(f: Callable) -> float:
@@ -39,146 +129,71 @@ def milliseconds(f: Callable) -> float:
 
 
 @torch.no_grad()
-def outputs(model: fa.FlashAudio, wav: Tensor, z: Tensor, half: bool) -> dict[str, Tensor]:
-    """What each part makes of the same inputs, on the model's device; half: in bf16 autocast."""
-    device = model.device
-    z, t = z.to(device), torch.linspace(0, 0.9, len(z), device=device)
-    mel = fa.mel_spectrogram(wav.to(device))            # in float32, as in training
-    with torch.autocast(device.type, torch.bfloat16, enabled=half):
-        text = model.text(["a bell followed by rain"] * len(z))
-        made = {"mel": mel, "encoder": model.encode(mel), "decoder": model.decode(z),
-                "text": text, "velocity": model.dit(z, t, text)}
-    return {name: x.float().cpu() for name, x in made.items()}
-
-
-def differences(device: torch.device) -> list[dict]:
-    """The largest difference of each output, in units of its largest value."""
-    wav = 0.1 * torch.randn(4, 128 * fa.HOP, generator=torch.Generator().manual_seed(0))
-    model = new_model("toy", "bytes", 0, fa.mel_spectrogram(wav).numpy()).eval()
-    torch.nn.init.eye_(model.dit.final_layer.linear.weight)     # an untrained one returns 0
-    z = model.noise(["a bell"] * len(wav), 0, model.latent_shape())
-    exact = outputs(model, wav, z, False)
-    found = {name: {"output": name} for name in exact}
-    for kind, half in (("float32", False), ("bf16", True)):
-        for name, x in outputs(model.to(device), wav, z, half).items():
-            found[name][kind] = ((x - exact[name]).abs().max() / exact[name].abs().max()).item()
-    return list(found.values())
-
-
-@torch.no_grad()
-def sampling(model: fa.FlashAudio, vocoder: Callable, size: int) -> dict:
+def sampling(model: fa.FlashAudio, size: int) -> dict:
     """Milliseconds of a batch: text, backbone, VAE, vocoder one by one, and all of `generate`."""
     prompts = [f"a bell followed by rain, {i}" for i in range(size)]
     z0, context = model.noise(prompts, 0, model.latent_shape()), model.contexts(prompts)
-    mel = model.decode(z0).clone()                      # a CUDA graph writes over what it returned
+    mel = model.decode(z0)
     seconds = size * mel.shape[2] * fa.HOP / fa.SAMPLE_RATE                     # of audio
     row = {"batch": size, "text": milliseconds(lambda: model.contexts(prompts)),
            "backbone": milliseconds(lambda: model.sample_latents(context, z0=z0)),
            "VAE": milliseconds(lambda: model.decode(z0)),
-           "vocoder": milliseconds(lambda: vocoder(mel)),
-           "whole": milliseconds(lambda: model.generate(prompts, z0=z0, vocoder=vocoder))}
-    to_mel = row["text"] + row["backbone"] + row["VAE"]
-    return {**row, "RTF": row["whole"] / 1000 / seconds, "to mel": to_mel / 1000 / seconds}
+           "vocoder": milliseconds(lambda: model.vocoder(mel)),
+           "all": milliseconds(lambda: model.generate(prompts, z0=z0))}
+    return {**row, "RTF": row["all"] / 1000 / seconds}
 
 
-def training(flags: train.Flags, steps: int, folder: Path, whole: bool) -> list[dict]:
-    """`steps` steps of each stage of a recipe, or of the 1-RF, timed from the 10th: compiled."""
-    rows, planned = [], {row.stage: row for row in plan(flags)}
-    few = replace(flags, data=str(folder / "manifest.csv"), out=str(folder / flags.preset),
+def training(flags: train.Flags, steps: int, folder: Path) -> list[dict]:
+    """`steps` steps of each stage of a recipe, timed from the 10th on, and the recipe's hours."""
+    part = max(1, flags.batch_size // flags.grad_accum)
+    few = replace(flags, data=str(folder / "manifest.csv"), out=str(folder / flags.size),
                   judge="", warmup=10, **{f"{stage}_steps": steps for stage in STAGES})
-
-    def stage(name: str, function: Callable, run: Run, *given) -> fa.FlashAudio:
-        if run.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(run.device)
-        model = function(run, *given)
-        lines = (run.out / "metrics.jsonl").read_text().splitlines()
-        first, *_, last = (json.loads(line) for line in lines if f'"{name}"' in line)
-        pace = (last["seconds"] - first["seconds"]) / (last["step"] - first["step"])
-        rows.append({**measured(planned[name], pace, flags.batch_size, run.device),
-                     "loss": first["loss"], "to": last["loss"]})
-        return model
-
-    def couplings(name: str, run: Run, model: fa.FlashAudio) -> Couplings:
-        for n in (flags.batch_size, 2 * flags.batch_size):          # the first is compiled for
-            setattr(few, f"{name}_couplings", n)
-            pairs = train.couplings(run, model, name)
-            made = len(pairs.latents)
-        part = flags.batch_size // flags.grad_accum
-        rows.append(measured(planned[f"{name} pairs"], run.spent * part / made, part, run.device))
-        return pairs
-
+    pace = {}                                           # seconds a step
     with train.open_run(few) as run:
-        if whole:
-            model = stage("vae", train.train_vae, run)
-            model = stage("cfm", train.train_cfm, run, model)
-        else:
-            model = new_model(flags.preset, "bytes", 0, run.data.some_mels(0)).to(run.device)
-        unpaired, _ = train.clip_batches(run, "rf1", model, fa.logit_normal)
-        paired, _ = train.clip_batches(run, "rf1", model, fa.logit_normal, fa.immiscible_pairing)
-        data = milliseconds(lambda: unpaired(0))
-        pairing = milliseconds(lambda: paired(0)) - data
-        model = stage("rf1", train.train_rf1, run, model)
-        rows[-1]["data %"] = 100 * data / rows[-1]["ms"]
-        rows[-1]["pairing %"] = 100 * pairing / rows[-1]["ms"]
-        if whole:
-            model = stage("rf2", train.train_rf2, run, model, couplings("rf2", run, model))
-            stage("distill", train.distill, run, model, couplings("distill", run, model))
+        model = train.train_rf1(run, train.train_cfm(run, train.train_vae(run)))
+        for stage, learn in (("rf2", train.train_rf2), ("distill", train.distill)):
+            for batches in (1, 4):                      # the first is compiled for
+                setattr(few, f"{stage}_couplings", batches * part)
+                pairs = train.Couplings(run, model, stage)
+                pairs.make()
+            pace[f"{stage} pairs"] = pairs.seconds / 4
+            model = learn(run, model, pairs)
+        lines = (run.out / "metrics.jsonl").read_text().splitlines()
+    seconds = {(x["stage"], x["step"]): x["seconds"] for x in map(json.loads, lines)}
+    rows = []
+    for row in plan(flags):
+        stage = row["stage"]
+        if stage not in pace:
+            pace[stage] = (seconds[stage, steps] - seconds[stage, 10]) / (steps - 10)
+        rows.append({"size": flags.size, "stage": stage, "ms": 1000 * pace[stage],
+                     "TFLOP/s": row["flop"] / pace[stage] / 1e12,
+                     "hours": pace[stage] * row["steps"] / 3600})
     return rows
 
 
-def measured(row: Row, pace: float, clips: int, device: torch.device) -> dict:
-    """What seconds per step mean: of couplings, per batch, with operations and hours at most."""
-    peak = next((flop for part, flop in PEAKS.items() if part in hardware(device)), None)
-    return {"stage": row.stage.split()[-1], "ms": 1000 * pace, "clips/s": clips / pace,
-            "TFLOP/s": row.flop / pace / 1e12, "GiB": peak_memory(device),
-            "MFU %": 100 * row.flop / pace / peak if peak else "-",
-            "hours": pace * row.steps / 3600}
-
-
-def print_rows(rows: list[dict]) -> None:
-    names = dict.fromkeys(name for row in rows for name in row)
-    for row in ({name: name for name in names}, *rows):
-        values = [row.get(name, "-") for name in names]
-        print(*(f"{x:9.4g}" if isinstance(x, float) else f"{x:>9}" for x in values))
-    print()
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("experiments.bench", description=__doc__)
-    parser.add_argument("--presets", default="small,toy,base", help="[small,toy,base]; a CPU: toy")
-    parser.add_argument("--batch", default="1,16,64", help="of sampling; the first is compiled too")
-    parser.add_argument("--steps", default=200, type=int, help="of each stage of training [200]")
-    parser.add_argument("--vocoder", default="griffin-lim", help="as in train.py [griffin-lim]")
+    parser = argparse.ArgumentParser("experiments.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=float, help="TFLOP/s to estimate by; nothing is run")
+    parser.add_argument("--size", default="toy,small", help="sizes of train.py [toy,small]")
+    parser.add_argument("--batch", default="1,16,64", help="batch sizes of sampling [1,16,64]")
+    parser.add_argument("--steps", default=200, type=int, help="steps of each stage, over 10 [200]")
     given = parser.parse_args(argv)
-    presets = given.presets.split(",")
-    if given.steps < 12 or not set(presets) <= set(train.PRESETS):
-        parser.error(f"--steps of at least 12, --presets among {', '.join(train.PRESETS)}")
+    recipes = [train.parse_flags(["--size", size]) for size in given.size.split(",")]
+    if given.plan:
+        return [print_plan(flags, given.plan) for flags in recipes]
     device = find_device()
-    vocoder = vocoders.load(given.vocoder, str(device))
-    found = {"sampling": [], "training": [], "hardware": hardware(device)}
-    found["differences"] = differences(device)
-    print_rows(found["differences"])
+    speeds, rows = [], []
     with tempfile.TemporaryDirectory() as folder:
         toy.write_toy_set(folder, 64, 8)
-        for preset in presets:
-            model = fa.FlashAudio(fa.PRESETS[preset]).to(device).eval()
-            sizes = [int(size) for size in given.batch.split(",")]
-            rows = [{"compiled": "no", **sampling(model, vocoder, size)} for size in sizes]
-            if device.type == "cuda":                   # a minute for each size
-                model.dit.compile(mode="reduce-overhead", dynamic=False)
-                model.vae.decode = torch.compile(model.vae.decode, mode="reduce-overhead")
-                rows.append({"compiled": "yes", **sampling(model, vocoder, sizes[0])})
-            found["sampling"] += [{"preset": preset, **row} for row in rows]
-        print_rows(found["sampling"])
-        for preset in presets:
-            flags = train.Flags(preset=preset, **{**train.PRESETS[preset], "text": "bytes"})
-            rows = training(flags, given.steps, Path(folder), preset in (presets[0], "toy"))
-            found["training"] += [{"preset": preset, **row} for row in rows]
-            if len(rows) > 1:
-                hours = sum(row["hours"] for row in rows)
-                print(f"{preset}: {hours:.3g} hours for the whole recipe at this pace")
-        print_rows(found["training"])
-    print(json.dumps(found))
+        for flags in recipes:
+            model = fa.FlashAudio(fa.SIZES[flags.size]).to(device).eval()
+            for size in map(int, given.batch.split(",")):
+                speeds.append({"size": flags.size, **sampling(model, size)})
+            rows += training(replace(flags, text="bytes"), given.steps, Path(folder))
+    print(hardware(device))
+    print_rows(speeds)
+    print_rows(rows)
 
 
 if __name__ == "__main__":

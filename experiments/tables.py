@@ -12,13 +12,22 @@ from typing import Callable
 import numpy as np
 from scipy import stats
 
-from evaluation.evaluate import markdown_table
-from runs.cache import write_atomically
+from evaluation.evaluate import markdown
+from runs.cache import digest, write_atomically
+
+ROOT = Path(__file__).parent.parent
+LEVEL = 0.05            # share of chance findings among the differences that are shown
+
+
+def code_of_figures() -> str:
+    """Digest of the code that every figure depends on: the method, its training, the judge."""
+    return digest(ROOT / "flashaudio.py", ROOT / "train.py", *sorted(ROOT.glob("evaluation/*.*")))
 
 
 def kept_row(file: Path, measure: Callable[[], dict]) -> dict:
     """The row in the file; where there is none, what is measured is written there first."""
     if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(file, json.dumps(measure(), indent=1).encode())
     return json.loads(file.read_text())
 
@@ -43,33 +52,56 @@ def summary(rows: list[dict]) -> dict:
     return tables
 
 
-def judge_claims(rows: list[dict]) -> list[dict]:
-    """The claims with what was found: the mean difference over seeds, one less other, its 95%
-    interval (Student's t, seeds paired), and a verdict. A difference is seen where the interval
-    leaves out zero; it agrees with the paper where it has the sign of the paper's figures."""
-    found, judged = by_figure(rows), []
+def differences(rows: list[dict]) -> list[dict]:
+    """The claims of which the rows can tell, with `gaps`: one less the other, for each seed."""
+    found, told = by_figure(rows), []
     text = Path(__file__).with_name("claims.csv").read_text(encoding="utf-8")
     for claim in csv.DictReader(text.splitlines()):
-        one = found.get((claim["table"], claim["one"], claim["figure"]), {})
-        other = found.get((claim["table"], claim["other"], claim["figure of the other"]), {})
-        seeds = sorted(one.keys() & other.keys())
-        if not seeds:
-            continue
-        pairs = np.array([(one[seed], other[seed]) for seed in seeds])
-        gap, half, verdict = float(np.mean(pairs[:, 0] - pairs[:, 1])), None, "cannot be judged"
-        if len(seeds) > 2:
-            error = stats.sem(pairs[:, 0] - pairs[:, 1])
-            half = float(stats.t.ppf(0.975, len(seeds) - 1) * error)
-            verdict = verdict_of(gap, half, claim["paper"])
-        judged.append({**claim, "ours": pairs.mean(0).tolist(), "difference": gap,
-                       "interval": half, "verdict": verdict})
+        others = claim["figure of the other"] or claim["figure"]
+        for figure, of_other in zip(claim["figure"].split("; "), others.split("; ")):
+            one = found.get((claim["table"], claim["one"], figure), {})
+            other = found.get((claim["table"], claim["other"], of_other), {})
+            seeds = sorted(one.keys() & other.keys())
+            if not seeds:
+                continue
+            pairs = np.array([(one[seed], other[seed]) for seed in seeds])
+            paper = claim["paper"] if figure.startswith("fd") else ""           # has FAD alone
+            told.append({"claim": claim["claim"], "figure": figure, "of the other": of_other,
+                         "paper": paper, "ours": pairs.mean(0), "gaps": pairs[:, 0] - pairs[:, 1]})
+    return told
+
+
+def judge_claims(rows: list[dict]) -> list[dict]:
+    """The claims with their mean difference, half of its 95% interval (Student's t, seeds paired),
+    and a verdict.
+
+    A difference is shown where its p-value survives the correction of Benjamini and Hochberg (1995)
+    for all claims of the page. It agrees with the paper where it has the sign of its figures.
+    """
+    judged = differences(rows)
+    tested = [claim for claim in judged if len(claim["gaps"]) > 2]
+    for claim in judged:
+        claim.update(difference=claim["gaps"].mean(), interval=None, verdict="cannot be judged")
+    for claim in tested:
+        degrees = len(claim["gaps"]) - 1
+        claim["error"] = stats.sem(claim["gaps"])
+        claim["interval"] = stats.t.isf(0.025, degrees) * claim["error"]
+        distance = abs(claim["difference"]) / (claim["error"] or np.inf)
+        claim["p"] = 2 * stats.t.sf(distance, degrees)
+    if tested:
+        shown = stats.false_discovery_control([claim["p"] for claim in tested]) <= LEVEL
+        level = min(LEVEL, LEVEL * (shown.sum() + 1) / len(tested))     # of one more
+        for claim, seen in zip(tested, shown):
+            least = stats.t.isf(level / 2, len(claim["gaps"]) - 1) * claim["error"]
+            claim["verdict"] = verdict_of(claim["difference"], seen, least, claim["paper"])
     return judged
 
 
-def verdict_of(gap: float, half: float, paper: str) -> str:
-    """paper: its two figures, "1.12, 1.19", or "" where it has none."""
-    if abs(gap) <= half:
-        return "not seen"
+def verdict_of(gap: float, shown: bool, least: float, paper: str) -> str:
+    """least: the smallest difference that would have been shown. paper: its two figures, "1.12,
+    1.19", or "" where it has none."""
+    if not shown:
+        return f"not shown (could have seen d ≥ {least:.2g})"
     if not paper:
         return "lower" if gap < 0 else "higher"
     theirs = [float(figure) for figure in paper.split(",")]
@@ -78,18 +110,6 @@ def verdict_of(gap: float, half: float, paper: str) -> str:
 
 def plus_minus(value: float, error: float | None) -> str:
     return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
-
-
-def print_tables(tables: dict, claims: list[dict]) -> None:
-    for table, rows in tables.items():
-        print(markdown(table_of(table, rows)), end="\n\n")
-    print("mean ± standard error over seeds\n")
-    print_claims(claims)
-
-
-def print_claims(claims: list[dict]) -> None:
-    print(markdown(claims_of(claims)))
-    print("\none less the other, ± half of a 95% interval of the mean, seeds paired")
 
 
 def table_of(table: str, rows: dict) -> list[list[str]]:
@@ -107,7 +127,7 @@ def table_of(table: str, rows: dict) -> list[list[str]]:
 def claims_of(claims: list[dict]) -> list[list[str]]:
     lines = [["claim", "figure", "one", "other", "difference", "in the paper", "verdict"]]
     for claim in claims:
-        figures = dict.fromkeys((claim["figure"], claim["figure of the other"]))
+        figures = dict.fromkeys((claim["figure"], claim["of the other"]))
         ours = [f"{value:.3g}" for value in claim["ours"]]
         gap = plus_minus(claim["difference"], claim["interval"])
         lines.append([claim["claim"], "; ".join(figures), *ours, gap, claim["paper"] or "-",
@@ -115,10 +135,8 @@ def claims_of(claims: list[dict]) -> list[list[str]]:
     return lines
 
 
-def markdown(lines: list[list[str]]) -> str:
-    """A table in Markdown, its columns aligned; the first line names them."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    aligned = []
-    for line in lines:
-        aligned.append([cell.ljust(width) for cell, width in zip(line, widths)])
-    return markdown_table(aligned)
+def print_claims(rows: list[dict]) -> None:
+    print(markdown(claims_of(judge_claims(rows))))
+    print("\none less the other, ± half of a 95% interval of the mean, seeds paired. A verdict is "
+          "what\nsurvives a false discovery rate of 5% over the table; d: the least difference that "
+          "would have")

@@ -54,7 +54,7 @@ def test_odd_clips_are_used_and_bad_ones_are_counted(tmp_path, capsys):
     expected = fa.mel_spectrogram(load_audio(tmp_path / "0.wav", 32 * 256)[None])[0]
     torch.testing.assert_close(torch.tensor(data.mels[data.file[0]]), expected)
     (tmp_path / "4.wav").unlink()
-    said = "3 of 13 clips are bad, more than 10%; the first: .*3.wav: cannot be read"   # 4 in 2 rows
+    said = "3 of 13 clips are bad, more than 10%; the first: .*3.wav: cannot be read"   # 4 twice
     with pytest.raises(InputError, match=said):
         Clips(tmp_path / "manifest.csv", tmp_path / "cache", 32)
 
@@ -143,7 +143,7 @@ def test_a_long_recording_is_cut_into_clips_that_share_its_caption(tmp_path, cap
     data = Clips(manifest, tmp_path / "cache", 128, windows=4)
     said = capsys.readouterr().out
     assert "9 to train on, 0 validation, 4 test; 4 distinct captions" in said
-    assert "; 3 of 4 recordings are cut into 12" in said
+    assert "; 3 of 4 sounds are cut into 12 clips" in said
     assert data.captions == ["a hiss"] * 4 + ["short"] + ["noise"] * 4 + ["unheard"] * 4
     assert data.file.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3, 5, 6, 7, 8]
     assert data.train.tolist() == list(range(9)) and data.held_out(9).tolist() == [9]

@@ -429,14 +429,16 @@ def test_captions_in_the_metadata_of_an_audiofolder(tmp_path, table):
 def test_letters_are_those_that_people_type(tmp_path):
     typed = unicodedata.normalize("NFC", "café bruyant")
     kept = unicodedata.normalize("NFD", typed)
-    lay_out(tmp_path, f"{kept}.wav", " spaced .wav", "wav/1.wav")
+    lay_out(tmp_path, f"{kept}.wav", " spaced .wav", "wav/1.wav", "a, b.wav")
     assert typed in captions_of(tmp_path).values()
     (tmp_path / "m.csv").write_text(f"audio_path,caption\n{typed}.wav,{kept}\n spaced .wav,x\n"
-                                    " wav\\1.wav ,a tone\n~/1.wav,home\n", encoding="utf-8")
+                                    " wav\\1.wav ,a tone\n~/1.wav,home\na, b.wav,c, d\n",
+                                    encoding="utf-8")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(tmp_path / "wav"))
         rows, _ = read_manifest(tmp_path / "m.csv")
-    assert all(os.path.isfile(row["audio_path"]) for row in rows) and rows[0]["caption"] == typed
+    assert all(os.path.isfile(row["audio_path"]) for row in rows)
+    assert [row["caption"] for row in rows] == [typed, "x", "a tone", "home", "c, d"]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX alone")

@@ -20,7 +20,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 RUNNING = [README, *(ROOT / f"docs/{name}.md" for name in ("running", "errata", "reproduction"))]
 QUICK = dict(batch_size=4, vae_steps=2, cfm_steps=2, rf1_steps=2, rf2_steps=2, distill_steps=2,
              rf2_couplings=6, distill_couplings=6, rf2_coupling_steps=2, distill_coupling_steps=2,
-             eval_clips=6, device="cpu")
+             eval_clips=2, device="cpu")
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -1,10 +1,10 @@
-"""Measures, judges, the table of a run, model cards, and the page to listen on. The run is a stand-in:
+"""Measures, judges, the table of a run, model cards, the page to listen to. The run is a stand-in:
 models of random weights, and a vocoder that answers at once."""
 
 import json
 import shutil
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,21 +17,12 @@ from scipy.io import wavfile
 
 import flashaudio as fa
 from data import toy
-from data.audio import load_audio
 from data.clips import Clips
 from evaluation import evaluate, judges, listen, toy_judge
 from evaluation.measures import clap_score, frechet_distance, kl_divergence
 from flashaudio import FlashAudio, InputError
 from tests.helpers import rng, save_text_model, tiny_model, write_clips
-
-
-@dataclass
-class Flags:
-    data: str = "/home/me/sounds/birds.csv"
-    size: str = "toy"
-    judge: str = ""
-    eval_clips: int = 50
-    seed: int = 3
+from train import Flags
 
 
 def quick_vocoder(mel: torch.Tensor) -> torch.Tensor:
@@ -39,16 +30,14 @@ def quick_vocoder(mel: torch.Tensor) -> torch.Tensor:
     return (mel.mean(1) / 5).tanh().repeat_interleave(fa.HOP, 1)
 
 
-def fake_run(out: Path, data, stages: tuple = ("vae", "cfm", "rf1", "rf2", "distill"),
-             **flags) -> SimpleNamespace:
-    models = {}
-    for i, stage in enumerate(stages):
-        models[stage] = tiny_model(i)
-        (out / stage).mkdir(parents=True, exist_ok=True)
-    return SimpleNamespace(
-        flags=Flags(**flags), out=out, data=data, device=torch.device("cpu"), began=time.time(),
-        vocoder=quick_vocoder, folder=lambda stage: out / stage, load=models.__getitem__,
-        finished=models.__contains__)
+def fake_run(out: Path, data, stages: tuple[str, ...] = (), judge: str = "") -> SimpleNamespace:
+    models = {stage: tiny_model(i) for i, stage in enumerate(stages)}
+    for stage in stages:
+        (out / stage).mkdir(parents=True)
+    flags = Flags(data="/home/me/sounds/birds.csv", judge=judge, eval_clips=50, seed=3)
+    return SimpleNamespace(flags=flags, out=out, data=data, device=torch.device("cpu"),
+                           began=time.time(), vocoder=quick_vocoder, load=models.__getitem__,
+                           folder=lambda stage: out / stage, finished=models.__contains__)
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +45,10 @@ def evaluated(tmp_path_factory) -> SimpleNamespace:
     """A run after its evaluation: six tones, the first under two captions, no test split."""
     folder = tmp_path_factory.mktemp("run")
     manifest = write_clips(folder / "clips")
-    header, *rows = manifest.read_text(encoding="utf-8").splitlines()
-    rows.insert(0, '0.wav,"<b>""first"" & lowest</b>"')
-    manifest.write_text("\n".join([header, *rows]), encoding="utf-8")
+    with open(manifest, "a", encoding="utf-8") as f:
+        f.write('0.wav,"<b>""first"" & lowest</b>"\n')
     data = Clips(manifest, folder / "cache", 32)
-    data.remarks = ["The captions stand on both sides."]
-    run = fake_run(folder / "out", data)
+    run = fake_run(folder / "out", data, ("vae", "cfm", "rf1", "rf2", "distill"))
     evaluate.evaluate(run)
     return run
 
@@ -69,23 +56,22 @@ def evaluated(tmp_path_factory) -> SimpleNamespace:
 # ---- Measures ----------------------------------------------------------------------------------
 
 def test_measures_by_value():
-    """fd of Gaussians with diagonal covariances: Σ (difference of means)² + (difference of stds)²."""
+    """fd of Gaussians of diagonal covariance is Σ (difference of means)² + (that of stds)²."""
     corners = torch.tensor([[1.0, 1], [1, -1], [-1, 1], [-1, -1]]) * 0.75 ** 0.5    # covariance 1
-    x, y = corners * torch.tensor([1.0, 2]), corners * torch.tensor([3.0, 5]) + torch.tensor([1.0, 0])
+    x = corners * torch.tensor([1.0, 2])
+    y = corners * torch.tensor([3.0, 5]) + torch.tensor([1.0, 0])
     assert frechet_distance(x, y) == pytest.approx(1 + 2 ** 2 + 3 ** 2, rel=1e-6)
+    assert frechet_distance(x[:, :1], y[:, :1]) == pytest.approx(1 + 2 ** 2, rel=1e-6)
     assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
     p, q = torch.tensor([[0.75, 0.25]]), torch.tensor([[0.5, 0.5]])
-    assert kl_divergence(p.log(), q.log()) == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5))
+    nats = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)
+    assert kl_divergence(p.log(), q.log()) == pytest.approx(nats, rel=1e-5)
     audio, text = torch.tensor([[1.0, 0], [0, 2]]), torch.tensor([[3.0, 0], [1, 1]])
     assert clap_score(audio, text) == pytest.approx((1 + 0.5 ** 0.5) / 2)
-
-
-def test_fd_of_what_is_no_cloud_of_points_is_refused():
-    clips = torch.rand(4, 3, generator=rng())
     with pytest.raises(InputError, match="1 with 4"):
-        frechet_distance(clips[:1], clips)
+        frechet_distance(x[:1], y)
     with pytest.raises(InputError, match="NaN"):
-        frechet_distance(clips, torch.where(clips == clips[1, 1], torch.nan, clips))
+        frechet_distance(x, torch.where(y == y[0, 0], torch.nan, y))
 
 
 # ---- The table of a run ------------------------------------------------------------------------
@@ -113,43 +99,42 @@ def test_the_table_has_its_rows(evaluated):
     assert 0 < results["seconds"] < 3600 and "torch" in results["hardware"]
 
 
-@pytest.mark.parametrize("k", [0, 3])
 @torch.no_grad()
-def test_a_row_is_made_by_its_model_steps_and_guidance(evaluated, k):
-    row = evaluated.data.held_out(50)[k]
+def test_a_row_is_made_by_its_model_steps_and_guidance(evaluated):
+    row = evaluated.data.held_out(50)[3]
     caption = evaluated.data.captions[row]
+    mels = torch.tensor(evaluated.data.mels[evaluated.data.file[[row]]])
+    model = evaluated.load("vae")
+    expected = {"vae": model.encode(mels)}                  # of this row's recording
     for stage, steps, guidance in (("cfm", 24, 3), ("rf1", 4, 1), ("rf2", 1, 1), ("distill", 1, 1)):
         model = evaluated.load(stage)
-        z0 = model.noise([caption], 3 + k, model.latent_shape())
-        wav = quick_vocoder(model.decode(model.sample_latents([caption], steps, guidance, z0=z0)))
-        _, held = wavfile.read(evaluated.out / "listen" / f"{k}-{stage}-{steps}-{guidance}.wav")
-        assert np.abs(held / 32767 - wav[0].numpy()).max() < 1e-3
-    mel = fa.mel_spectrogram(load_audio(evaluated.data.rows[row]["audio_path"], 8192)[None])
-    model = evaluated.load("vae")
-    wav = quick_vocoder(model.decode(model.encode(mel)))    # of this row's recording
-    _, held = wavfile.read(evaluated.out / "listen" / f"{k}-vae.wav")
-    assert np.abs(held / 32767 - wav[0].numpy()).max() < 1e-3
+        z0 = model.noise([caption], 3 + 3, model.latent_shape())
+        z = model.sample_latents([caption], steps, guidance, z0=z0)
+        expected[f"{stage}-{steps}-{guidance}"] = z
+    for name, z in expected.items():
+        wav = quick_vocoder(evaluated.load(name.partition("-")[0]).decode(z))[0]
+        _, held = wavfile.read(evaluated.out / "listen" / f"3-{name}.wav")
+        assert np.abs(held / 32767 - wav.numpy()).max() < 1e-3      # rounded to 16 bits
 
 
-def test_a_fork_has_the_rows_of_its_stages_and_what_limits_them_is_said(evaluated, tmp_path, capsys):
+def test_a_fork_has_the_rows_of_its_stages_and_is_told_what_limits_them(evaluated, tmp_path,
+                                                                        capsys):
     run = fake_run(tmp_path / "out", evaluated.data, ("vae", "cfm", "rf1"))
     evaluate.evaluate(run)
-    printed = capsys.readouterr().out
-    results = json.loads((run.out / "results.json").read_text())
-    assert [row["model"] for row in results["rows"]] == ["real", "floor", "vae", *["cfm"] * 4,
-                                                         *["rf1"] * 3]
+    rows = json.loads((run.out / "results.json").read_text())["rows"]
+    assert [row["model"] for row in rows[2:]] == ["vae", *["cfm"] * 4, *["rf1"] * 3]
     page = (run.out / "listen/index.html").read_text(encoding="utf-8")
     card = (run.out / "rf1/README.md").read_text(encoding="utf-8")
-    for text in (printed, page, card):
-        assert "stand on both sides" in text and "floor" in text
-    assert not (run.out / "distill").exists()
+    for text in (capsys.readouterr().out, page, card):
+        assert "were trained on" in text and "floor" in text    # of the data, of the judge
+    assert sorted(path.name for path in run.out.iterdir()) == ["cfm", "listen", "results.json",
+                                                               "rf1", "vae"]
 
 
 def test_a_card_is_that_of_its_stage_holds_no_path_and_goes_to_the_hub(evaluated, tmp_path):
     card = (evaluated.out / "distill/README.md").read_text(encoding="utf-8")
     assert "/home" not in card and str(evaluated.out) not in card
     assert "stage distill" in card and "steps=1," in card and "clap" not in card
-    assert "| distill | 1     | 1   | 1        |" in card
     assert "steps=24," in (evaluated.out / "cfm/README.md").read_text(encoding="utf-8")
     evaluated.load("distill").save_pretrained(tmp_path / "model")
     shutil.copy(evaluated.out / "distill/README.md", tmp_path / "model")
@@ -159,25 +144,21 @@ def test_a_card_is_that_of_its_stage_holds_no_path_and_goes_to_the_hub(evaluated
 
 def test_a_table_in_markdown_is_aligned():
     assert evaluate.markdown([["model", "fd"], ["cfm", "12.2"], ["ω = 3", "-"]]) == (
-        "| model | fd   |\n"
-        "| ----- | ---- |\n"
-        "| cfm   | 12.2 |\n"
-        "| ω = 3 | -    |")
+        "| model | fd   |\n| ----- | ---- |\n| cfm   | 12.2 |\n| ω = 3 | -    |")
 
 
 # ---- Judges ------------------------------------------------------------------------------------
 
-def some_data(captions: list[str], **columns: list) -> SimpleNamespace:
+def some_data(captions: list[str], wav: torch.Tensor, **columns: list) -> SimpleNamespace:
     """Clips that are all judged, so that none is left for a floor."""
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    return SimpleNamespace(captions=captions, rows=rows, mels=np.zeros((1, 80, 128)),
+    return SimpleNamespace(captions=captions, rows=rows, mels=fa.mel_spectrogram(wav).numpy(),
                            train=np.arange(0), file=np.arange(len(captions)))
 
 
 def judge_of(wav: torch.Tensor, captions: list[str] | None = None) -> judges.NearestClip:
-    data = some_data(captions or [str(i) for i in range(len(wav))])
-    data.mels = fa.mel_spectrogram(wav).numpy()
-    return judges.NearestClip(data, np.arange(len(wav)), wav)
+    captions = captions or [str(i) for i in range(len(wav))]
+    return judges.NearestClip(some_data(captions, wav), np.arange(len(wav)), wav)
 
 
 def hits(n: int, seed: int) -> torch.Tensor:
@@ -194,51 +175,49 @@ def test_a_clip_may_have_several_captions_but_one_for_all_tells_nothing():
     judge = judge_of(wav)
     assert judge(wav)["accuracy"] == 1.0
     assert judge(wav.flip(0))["accuracy"] == 0.0            # each under the other's captions
-    wrong = torch.cat([wav[5:6], wav[1:]])
-    assert judge(wrong)["accuracy"] == pytest.approx(0.9)
-    assert judge(wav + 1e-4 * torch.randn(wav.shape, generator=rng()))["accuracy"] == 1.0
+    assert judge(torch.cat([wav[5:6], wav[1:]]))["accuracy"] == pytest.approx(0.9)
     judge = judge_of(wav, ["a drum"] * 10)
     assert judge(wav)["accuracy"] is None and "same caption" in " ".join(judge.remarks)
 
 
 def test_the_embedding_by_value():
-    """Two of four frames sound: bands at 0 and -1 (mean -.5, std .5); the third is 80 dB below."""
+    """Frames of 0, -1, -4 and -5 in all bands weigh 1, 2/3, 0 and 0, as all below -3 is silence."""
     mels = torch.tensor([0.0, -1.0, -4.0, -5.0]).expand(1, 80, 4)
-    embedding = judges.NearestClip.embed(mels)[0]
-    torch.testing.assert_close(embedding[:80], torch.full((80,), -0.5))
-    torch.testing.assert_close(embedding[80:160], torch.full((80,), 0.5))
-    assert embedding[160].item() == pytest.approx(80 ** 0.5 * np.log10(0.1 + 0.032))
+    embedding = judges.NearestClip.embed(mels + 0.5)[0]     # another level moves the means alone
+    mean = -(2 / 3) / (5 / 3)
+    variance = (mean ** 2 + 2 / 3 * (-1 - mean) ** 2) / (5 / 3)
+    torch.testing.assert_close(embedding[:80], torch.full((80,), mean + 0.5))
+    torch.testing.assert_close(embedding[80:160], torch.full((80,), variance ** 0.5))
+    assert embedding[160].item() == pytest.approx(80 ** 0.5 * np.log10(5 / 3))
 
 
 def test_silence_neither_hides_nor_makes_a_difference():
-    real, made = hits(40, 0), hits(40, 1)
+    real, made, silence = hits(40, 0), hits(40, 1), torch.zeros(40, 49152)
     right = judge_of(real)(made)["fd"]
-    silence = torch.zeros(40, 49152)
     longer = judge_of(torch.cat([real, silence], 1))(torch.cat([made, silence], 1))["fd"]
-    assert longer == pytest.approx(right, rel=0.02)         # the last frame that sounds ends softer
+    assert longer == pytest.approx(right, rel=0.02)         # a window at the end is mirrored
     quiet = 1e-5 * torch.randn(made.shape, generator=rng(2))
     assert judge_of(real)(made + quiet)["fd"] == pytest.approx(right, rel=0.1)
     assert judge_of(real)(real / 2 + quiet)["accuracy"] == 1.0
     repeated = torch.stack([clip[:4096].repeat(4) for clip in made])
     for wrong in (torch.zeros_like(made), quiet, repeated):
-        found = judge_of(real)(wrong)
-        assert found["fd"] > 5 * right
-    assert judge_of(real)(quiet)["accuracy"] <= 3 / 40      # by chance 1 in 40 is right
+        assert judge_of(real)(wrong)["fd"] > 5 * right
+    assert judge_of(real)(quiet)["accuracy"] <= 0.1         # 1 in 40 by chance
 
 
 def test_fd_has_a_floor_and_a_quarter_as_many_dimensions_as_there_are_clips(tmp_path):
+    lines = ["audio_path,caption,split"]
     for i, wav in enumerate(hits(20, 0)):
         wavfile.write(tmp_path / f"{i}.wav", 16000, (wav.numpy() * 32767).astype(np.int16))
-    lines = [f"{i}.wav,hit {i},{'test' if i < 8 else 'train'}" for i in range(20)]
-    (tmp_path / "rows.csv").write_text("\n".join(["audio_path,caption,split", *lines]))
+        lines.append(f"{i}.wav,hit {i},{'test' if i < 8 else 'train'}")
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
     data = Clips(tmp_path / "rows.csv", tmp_path / "cache", 64)
     rows = data.held_out(8)
     judge = judges.make_judge(fake_run(tmp_path, data), rows, judges.load_clips(data, rows))
-    assert judge.axes.shape == (161, 2) and judge.real.shape == (8, 2)
-    spare = judges.other_rows(data, rows)
-    assert len(set(spare)) == 8 and set(spare) <= set(data.train)
-    floor = judge(judges.load_clips(data, spare))["fd"]
-    assert judge.floor == {"fd": pytest.approx(floor), "clips": 8} and floor > 0
+    assert judge.real.shape == (8, 2)
+    assert len(set(judge.others)) == 8 and set(judge.others) <= set(data.train)
+    floor = judge(judges.load_clips(data, judge.others))["fd"]
+    assert judge.floor == {"fd": pytest.approx(floor, rel=1e-3), "clips": 8} and floor > 0
 
 
 def test_a_clap_judge_scores_the_real_clips_best(tmp_path):
@@ -246,51 +225,30 @@ def test_a_clap_judge_scores_the_real_clips_best(tmp_path):
     data = Clips(write_clips(tmp_path / "clips"), tmp_path / "cache", 128)
     wav = judges.load_clips(data, data.train[:4])
     judge = judges.make_judge(fake_run(tmp_path, data, judge=clap), data.train[:4], wav)
-    real = judge(wav)
-    noise = judge(0.1 * torch.randn(wav.shape, generator=rng()))
+    real, noise = judge(wav), judge(0.1 * torch.randn(wav.shape, generator=rng()))
     assert real["fd"] == pytest.approx(0, abs=1e-6) and noise["fd"] > 1e-3
     assert real["accuracy"] == 1 and judge.name == "clap" and judge.floor["clips"] == 2
     assert real["clap"] == pytest.approx(clap_score(judge.hear(wav), judge.text))
-    assert judge.hear(wav).shape == judge.text.shape == (4, 16)
-
-
-def test_the_toy_judge_asks_its_classifier(monkeypatch):
-    """kl: of the real clip's posterior (¾, ¼) from (½, ½), in that order."""
-    answers = {1: [0.75, 0.25], 0: [0.5, 0.5]}              # by the sign of a clip
-
-    def judge(wav):
-        posterior = [answers[int(clip.sum() > 0)] for clip in wav]
-        return wav[:, :2], torch.tensor(posterior).log()
-
-    monkeypatch.setattr(toy_judge, "train_judge", lambda: SimpleNamespace(judge=judge))
-    monkeypatch.setattr(toy_judge, "check_judge", lambda *a: 1.0)
-    data = some_data(["a", "b"], scene=[toy.SCENES[0], toy.SCENES[1]])
-    assert judges.is_toy(data) and not judges.is_toy(some_data(["a"], scene=["moo"]))
-    assert not judges.is_toy(some_data(["a"], split=["test"]))
-    real = torch.rand(2, toy.SAMPLES, generator=rng())
-    found = judges.make_judge(fake_run(Path(), data, (), judge="not/asked"), [0, 1], real)(-real)
-    assert found["kl"] == pytest.approx(0.75 * np.log(1.5) + 0.25 * np.log(0.5))
-    assert found["accuracy"] == 0.5                         # argmax of a tie is the first
-    data.mels = np.zeros((1, 80, 624))                      # the same captions at another length
-    assert not judges.is_toy(data)
 
 
 def test_the_toy_judge_hears_real_clips_and_refuses_to_judge_below_its_bar(tmp_path):
     scenes = [toy.with_details(scene, np.random.default_rng(7)) for scene in toy.SCENES]
-    wav = [toy.synthesise(scene, np.random.default_rng((7, i))) for i, scene in enumerate(scenes)]
-    wav = torch.from_numpy(np.stack(wav))
-    data = some_data(scenes, scene=scenes)
-    judge = judges.make_judge(fake_run(tmp_path, data, ()), np.arange(len(scenes)), wav)
+    wavs = [toy.synthesise(scene, np.random.default_rng((7, i))) for i, scene in enumerate(scenes)]
+    wav = torch.from_numpy(np.stack(wavs))
+    data = some_data(scenes, wav, scene=scenes)
+    judge = judges.make_judge(fake_run(tmp_path, data, judge="not/asked"), range(len(wav)), wav)
     assert judge.floor["accuracy"] >= 0.95 and judge.floor["measured"] >= 0.97
-    assert judge.real.shape == (len(scenes), 64)
     assert judge(wav)["fd"] < 1e-6 < judge.floor["fd"] < judge(wav.flip(1))["fd"]
+    posterior = judge.judge.judge(wav.flip(1))[1]
+    assert judge(wav.flip(1))["kl"] == kl_divergence(judge.real_posterior, posterior)
     with pytest.raises(InputError, match="below"):
-        noise = torch.randn(32, toy.SAMPLES, generator=rng())
-        toy_judge.check_judge(judge.judge, noise, scenes[:32])
+        toy_judge.check_judge(judge.judge, torch.randn(wav.shape, generator=rng()), scenes)
     learnt = toy_judge.train_judge(tmp_path / "judge.safetensors", steps=60)
-    assert toy_judge.check_judge(learnt, wav, scenes, bar=0.8) > 0.8    # .94; guessed: .008
+    assert toy_judge.check_judge(learnt, wav, scenes, bar=0.8) >= 0.8       # is .94; by chance .008
     again = toy_judge.train_judge(tmp_path / "judge.safetensors", steps=0)
     assert torch.equal(learnt.head.weight, again.head.weight)
+    assert not judges.is_toy(some_data(scenes, wav, scene=[*scenes[1:], "moo"]))
+    assert not judges.is_toy(some_data(scenes, wav[:, :8192], scene=scenes))
 
 
 @pytest.mark.parametrize("scene, named, found", [
@@ -328,62 +286,54 @@ def test_the_page_is_whole(evaluated):
     assert_page_is_whole(evaluated.out / "listen/index.html", clips=7 * 13)
 
 
-def test_the_page_escapes_what_it_shows(tmp_path):
+def test_the_page_escapes_what_it_shows_and_a_clip_keeps_its_name_and_peaks(tmp_path):
     odd = "<b>\"a\" & 'b' $title</b>"
-    listen.save_clip(tmp_path / "50% #1", torch.zeros(8192))
+    listen.save_clip(tmp_path / "50% #1", torch.tensor([0.5, 1.2, -1.2, 1.0] * 2048))
     page = listen.write_page(tmp_path, odd, odd, [(odd, odd, "50% #1"), (odd, "", "50% #1")], 1.0)
     text = page.read_text(encoding="utf-8")
     assert "<b>" not in text and '"a"' not in text and text.count("<section>") == 1
     assert text.count('src="50%25%20%231.wav"') == 2 and "$title" in text
-
-
-def test_file_names_differ_where_case_does_not_count():
-    texts = ["rain 2", "rain", "rain!", "RAIN", "Straße", "STRASSE", "ΟΔΟΣ", "οδος", "…", "a" * 90]
-    names = listen.file_names([*texts, "rain"])
-    assert list(names) == texts and (names["rain 2"], names["rain"]) == ("rain-2", "rain")
-    assert len({name.casefold() for name in names.values()}) == len(texts)
-    assert all(0 < len(name.encode()) <= 70 for name in names.values())
-
-
-def test_a_clip_keeps_its_name_and_its_peaks(tmp_path):
-    wav = torch.tensor([0.5, 1.2, -1.2, 1.0] * 2048)
-    listen.save_clip(tmp_path / "new/seed0.1", wav)
-    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["seed0.1.png", "seed0.1.wav"]
-    rate, held = wavfile.read(tmp_path / "new/seed0.1.wav")
+    rate, held = wavfile.read(tmp_path / "50% #1.wav")
     assert rate == 16000 and held[:4].tolist() == [16384, 32767, -32768, 32767]
 
 
-def test_hear_plays_the_same_two_captions_through_the_vocoder_of_the_run(tmp_path):
-    mels = fa.mel_spectrogram(torch.rand(3, 8192, generator=rng()) - 0.5)
-    data = SimpleNamespace(captions=["a", "b", "a 2", "c"], file=np.array([1, 1, 2, 0]),
-                           mels=mels.numpy(), held_out=lambda n: np.array([2, 3])[:n])
-    run = fake_run(tmp_path, data)
-    model = tiny_model()
-    expected = {"vae": model.decode(model.encode(mels[[2, 0]])),
-                "cfm": model.decode(model.sample_latents(["a 2", "c"], 24, seed=0)),
-                "distill": model.decode(model.sample_latents(["a 2", "c"], 1, seed=0))}
-    for stage, mel in expected.items():
-        listen.hear(run, stage, model)
-        for name, wav in zip(("a-2", "c"), quick_vocoder(mel.detach())):
-            _, held = wavfile.read(tmp_path / stage / f"{name}.wav")
+def test_file_names_differ_where_case_does_not_count():
+    texts = ["rain 2", "rain", "rain!", "RAIN", "Straße", "STRASSE", "ΟΔΟΣ", "οδος", "…"]
+    names = listen.file_names([*texts, "rain"])
+    assert list(names) == texts and (names["rain 2"], names["rain"]) == ("rain-2", "rain")
+    assert len({name.casefold() for name in names.values()}) == len(texts)
+    assert 0 < len(listen.file_names(["ü" * 300]).popitem()[1].encode()) <= 60
+
+
+@torch.no_grad()
+def test_hear_plays_the_same_two_captions_through_the_vocoder_of_the_run(evaluated):
+    rows = evaluated.data.held_out(2)
+    captions = [evaluated.data.captions[i] for i in rows]
+    for stage, steps in (("vae", 0), ("cfm", 24), ("distill", 1)):
+        model = evaluated.load(stage)
+        z = model.encode(torch.tensor(evaluated.data.mels[evaluated.data.file[rows]]))
+        if steps:
+            z = model.sample_latents(captions, steps, seed=0)
+        listen.hear(evaluated, stage, model)
+        for name, wav in zip(listen.file_names(captions).values(), quick_vocoder(model.decode(z))):
+            _, held = wavfile.read(evaluated.out / stage / f"{name}.wav")
             assert np.abs(held / 32767 - wav.numpy()).max() < 1e-3
 
 
 def test_the_loss_picture_counts_a_step_once_and_bears_torn_lines(tmp_path):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("")
+    listen.draw_losses(tmp_path)
+    assert not (tmp_path / "loss.png").exists()
     lines = []
     for stage in ("vae", "cfm"):
         for step in (10, 20, 20, 30):
             lines.append(json.dumps({"stage": stage, "step": step, "loss": 1 / step}))
-    (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"stage": "cfm", "st']))
+    log.write_text("\n".join([*lines, '{"stage": "cfm", "st']))
     listen.draw_losses(tmp_path)
     before = matplotlib.image.imread(tmp_path / "loss.png")
-    assert before.shape == (240, 520, 4)
-    with open(tmp_path / "metrics.jsonl", "a") as f:
-        f.write('\n{"stage": "cfm", "step": 20, "held_out": 0.05}')
+    log.write_text("\n".join([*lines, '{"stage": "cfm", "step": 20, "held_out": 0.05}']))
     listen.draw_losses(tmp_path)
     change = np.abs(matplotlib.image.imread(tmp_path / "loss.png") - before).sum((0, 2))
+    assert before.shape == (240, 520, 4)
     assert change[:260].max() == 0 < change[260:].max()     # a dot for the CFM, none for the VAE
-    (tmp_path / "metrics.jsonl").write_text("")
-    (tmp_path / "loss.png").unlink()
-    listen.draw_losses(tmp_path)
-    assert not (tmp_path / "loss.png").exists()

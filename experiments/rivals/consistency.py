@@ -7,22 +7,15 @@ of the teacher later (Song et al. 2023; guidance inside the step: LCM, Luo et al
 
 import zlib
 from copy import deepcopy
+from typing import Callable
 
 import torch
 from torch import Tensor, nn
 
 import flashaudio as fa
-import train
-from experiments.rivals.shared import (TRAINING, Rival, affordable, after_cfm, batches, column,
-                                       estimate, read)
-from flashaudio import Velocity
-from runs.run import Run
+from experiments.rivals.shared import TRAINING, Rival, column, read
+from flashaudio import FlashAudio, Velocity
 
-LR = 5e-4
-GUIDANCE = 3.0                      # of the teacher
-TRIED = ((2e-4, 5e-4), (2.0, 3.0))                  # by --tune
-SAMPLED = ((1, 1.0), (2, 1.0), (4, 1.0))            # steps, ω
-COST = TRAINING + 2 + 1             # forwards a clip: student, guided teacher, average
 TEACHER_STEPS = 50                  # of the path
 DECAY = 0.95                        # of the average
 HUBER = 1e-3                        # all three as in LCM
@@ -33,6 +26,11 @@ def grid(n: int, generator: torch.Generator | None = None) -> Tensor:
     return torch.randint(TEACHER_STEPS, (n,), generator=generator) / TEACHER_STEPS
 
 
+def estimate(network: Velocity, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
+    """Where the velocity at z (B, ...) and t (B,) would end: z + (1 - t) v(z, t, c)."""
+    return z + column(1 - t, z) * network(z, t, context)
+
+
 @torch.no_grad()
 def consistency_target(teacher: Velocity, average: Velocity, z: Tensor, t: Tensor, context: Tensor,
                        null: Tensor, guidance: float) -> Tensor:
@@ -41,14 +39,10 @@ def consistency_target(teacher: Velocity, average: Velocity, z: Tensor, t: Tenso
     return estimate(average, z + v / TEACHER_STEPS, t + 1 / TEACHER_STEPS, context)
 
 
-def pseudo_huber(error: Tensor) -> Tensor:
-    """Squared near 0, absolute beyond -> scalar."""
-    return ((error ** 2 + HUBER ** 2).sqrt() - HUBER).mean()
-
-
 def consistency_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | None,
-                       steps: int, guidance: float = 1.0) -> Tensor:
-    """Jump to the end, go back to the next t with new noise, jump again -> (steps + 1, B, ...).
+                       steps: int, guidance: float = 1.0, return_trajectory: bool = False
+                       ) -> Tensor:
+    """Jump to the end, go back to the next t with new noise, jump again; called as euler_sample is.
 
     Guidance is in the weights. The new noise of a clip depends on its first, not on its batch.
     """
@@ -62,11 +56,7 @@ def consistency_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tenso
             z = column(1 - t, z) * noise + column(t, z) * z
         z = estimate(model, z, t, context)
         path.append(z)
-    return torch.stack(path)
-
-
-class Consistency(Rival):
-    sampler = staticmethod(consistency_sample)
+    return torch.stack(path) if return_trajectory else z
 
 
 class Average:
@@ -74,33 +64,35 @@ class Average:
     network: nn.Module | None = None
 
     @torch.no_grad()
-    def follow(self, network: nn.Module) -> None:
+    def follow(self, network: nn.Module) -> nn.Module:
         if self.network is None:
             self.network = deepcopy(network).requires_grad_(False)
         weights = list(network.parameters())
         torch._foreach_lerp_(list(self.network.parameters()), weights, 1 - DECAY)
+        return self.network
 
 
-def train_rival(run: Run, lr: float = LR, guidance: float = GUIDANCE, share: float = 1.0) -> Rival:
-    """Trained on `share` of the compute that FlashAudio takes from the CFM on."""
-    steps = affordable(run.flags, share * after_cfm(run.flags), COST)
-    stage = f"consistency-{lr:g}-{guidance:g}-{steps}"
-    teacher = run.load("cfm").requires_grad_(False)
-    if not run.done(stage, teacher, consistency_target, pseudo_huber):
-        student, average = Consistency.begin(teacher, run.flags.seed), Average()
-        null = teacher.contexts([""])
-        next_batch = batches(run, stage, teacher, grid, dropout=0.0)
+class Consistency(Rival):
+    label = "consistency"
+    cost = TRAINING + 2 + 1             # student, guided teacher, average
+    lr = 5e-4
+    tried = ((2e-4, 5e-4), (2.0, 3.0))
+    sampled = ((1, 1.0), (2, 1.0), (4, 1.0))
+    uses = (consistency_target, estimate, Average)
+    density = staticmethod(grid)
+    drops_captions = False
+    sampler = staticmethod(consistency_sample)
 
-        def draw(step: int) -> list[Tensor]:
-            average.follow(student.dit)
-            return next_batch(step)
+    @staticmethod
+    def loss(start: FlashAudio, guidance: float) -> Callable[..., Tensor]:
+        null, average = start.contexts([""]), Average()
 
-        def loss(model: Consistency, z0: Tensor, z1: Tensor, t: Tensor, text: Tensor) -> Tensor:
-            context = read(teacher, text)
-            z = column(1 - t, z0) * z0 + column(t, z1) * z1
-            target = consistency_target(teacher.dit, average.network, z, t, context,
+        def loss(model: FlashAudio, z0: Tensor, z1: Tensor, t: Tensor, text: Tensor) -> Tensor:
+            context = read(start, text)
+            z = torch.lerp(z0, z1, column(t, z0))
+            target = consistency_target(start.dit, average.follow(model.dit), z, t, context,
                                         null.expand_as(context), guidance)
-            return pseudo_huber(estimate(model.dit, z, t, context) - target)
+            error = estimate(model.dit, z, t, context) - target
+            return ((error ** 2 + HUBER ** 2).sqrt() - HUBER).mean()    # as LCM's pseudo-Huber
 
-        train.fit(run, stage, student, ("dit",), draw, loss, steps, lr)
-    return Consistency.from_pretrained(run.folder(stage), str(run.device))
+        return loss

@@ -8,21 +8,15 @@ Time is the project's: t = 0 noise, t = 1 data; the papers' is 1 - t.
 """
 
 import math
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import flashaudio as fa
-import train
-from experiments.rivals.shared import TRAINING, Rival, affordable, chain_cost, column
-from flashaudio import Velocity
-from runs.run import Run
-
-LR = 7e-4
-GUIDANCE = 3.0                      # when sampling: training knows none
-TRIED = ((7e-4, 1.5e-3, 3e-3), (GUIDANCE,))                 # by --tune
-SAMPLED = ((25, 3.0), (25, 1.0), (100, 3.0), (100, 1.0), (200, 3.0), (200, 1.0))    # steps, ω
+from experiments.rivals.shared import Rival, column
+from flashaudio import FlashAudio, Velocity
 
 
 def signal_and_noise(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -44,8 +38,8 @@ def diffusion_loss(model: Velocity, z0: Tensor, z1: Tensor, t: Tensor, context: 
 
 
 def ddim_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | None, steps: int,
-                guidance: float = 1.0) -> Tensor:
-    """DDIM with eta = 0 from z0 (B, ...) -> path (steps + 1, B, ...).
+                guidance: float = 1.0, return_trajectory: bool = False) -> Tensor:
+    """DDIM with eta = 0 from z0 (B, ...), called as fa.euler_sample is.
 
     Trailing time steps: the first is at pure noise (Lin et al. 2024). Each splits z into estimates
     of data and noise, x and ε, and mixes them again as the next time has it.
@@ -59,20 +53,18 @@ def ddim_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | Non
         epsilon = noise[i].item() * z + signal[i].item() * v
         z = signal[i + 1].item() * x + noise[i + 1].item() * epsilon
         path.append(z)
-    return torch.stack(path)
+    return torch.stack(path) if return_trajectory else z
 
 
 class Diffusion(Rival):
+    label = "diffusion, DDIM"
+    start = "vae"                       # its backbone and text encoder are untrained
+    lr = 7e-4
+    tried = ((7e-4, 1.5e-3, 3e-3), (3.0,))
+    sampled = ((25, 3.0), (25, 1.0), (100, 3.0), (100, 1.0), (200, 3.0), (200, 1.0))
+    uses = (diffusion_loss, signal_and_noise)
     sampler = staticmethod(ddim_sample)
 
-
-def train_rival(run: Run, lr: float = LR, guidance: float = GUIDANCE, share: float = 1.0) -> Rival:
-    """Trained on `share` of the compute of the whole chain."""
-    steps = affordable(run.flags, share * chain_cost(run.flags), TRAINING)
-    stage = f"diffusion-{lr:g}-{steps}"
-    start = run.load("vae")                     # its backbone and text encoder are untrained
-    if not run.done(stage, start, diffusion_loss):
-        draw, parts = train.clip_batches(run, stage, start, fa.uniform)
-        model = Diffusion.begin(start, run.flags.seed)
-        train.fit(run, stage, model, parts, draw, diffusion_loss, steps, lr)
-    return Diffusion.from_pretrained(run.folder(stage), str(run.device))
+    @staticmethod
+    def loss(start: FlashAudio, guidance: float) -> Callable[..., Tensor]:
+        return diffusion_loss           # guidance is for sampling: training knows none

@@ -4,21 +4,16 @@ u(z, t, s): mean velocity of a path from z at t to s >= t, so one step is z0 + u
 derivative of (s - t) u gives u = v + (s - t) (v · ∂_z u + ∂_t u). The paper's time is reversed.
 """
 
+from typing import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashaudio as fa
-import train
-from experiments.rivals.shared import TRAINING, Rival, affordable, after_cfm, batches, column, read
-from flashaudio import Velocity
-from runs.run import Run
+from experiments.rivals.shared import TRAINING, Rival, column, read
+from flashaudio import FlashAudio, Velocity
 
-LR = 1.5e-3
-GUIDANCE = 2.0                                      # in the target
-TRIED = ((5e-4, 1.5e-3), (2.0, 3.0))                # by --tune
-SAMPLED = ((1, 1.0), (2, 1.0), (4, 1.0))            # steps, ω
-COST = TRAINING + 2 + 1     # with and without caption; u and its derivative for half of the clips
 POWER = 1.0                                         # of the adaptive weight
 SMOOTH = 0.03                                       # in t: see TwoTimes
 
@@ -79,36 +74,38 @@ def weighted(error: Tensor) -> Tensor:
     return squares.detach().mean() + loss - loss.detach()
 
 
-def meanflow_sample(u: Velocity, z0: Tensor, context: Tensor, _: Tensor | None, steps: int,
-                    guidance: float = 1.0) -> Tensor:
-    """z + u(z, t, s) (s - t) -> path (steps + 1, B, ...). Guidance is in the weights."""
+def meanflow_sample(u: Velocity, z0: Tensor, context: Tensor, null: Tensor | None, steps: int,
+                    guidance: float = 1.0, return_trajectory: bool = False) -> Tensor:
+    """z + u(z, t, s) (s - t), called as fa.euler_sample is. Guidance is in the weights."""
     path = [z0]
     for i in range(steps):
         times = z0.new_tensor([i / steps, (i + 1) / steps]).expand(len(z0), 2)
         path.append(path[-1] + u(path[-1], times, context) / steps)
-    return torch.stack(path)
+    return torch.stack(path) if return_trajectory else path[-1]
 
 
 class MeanFlow(Rival):
+    label = "MeanFlow"
+    cost = TRAINING + 2 + 1             # with and without caption; u and its derivative for half
+    lr = 1.5e-3
+    guidance = 2.0                      # in the target
+    tried = ((5e-4, 1.5e-3), (2.0, 3.0))
+    sampled = ((1, 1.0), (2, 1.0), (4, 1.0))
+    uses = (TwoTimes, guided, meanflow_target, weighted)
+    density = staticmethod(sorted_times)
     sampler = staticmethod(meanflow_sample)
 
     def __init__(self, config: fa.FlashAudioConfig):
         super().__init__(config)
         self.dit.t_embedder = TwoTimes(config.dit.hidden_size)
 
+    @staticmethod
+    def loss(start: FlashAudio, guidance: float) -> Callable[..., Tensor]:
+        null = start.contexts([""])
 
-def train_rival(run: Run, lr: float = LR, guidance: float = GUIDANCE, share: float = 1.0) -> Rival:
-    """Trained on `share` of the compute that FlashAudio takes from the CFM on."""
-    steps = affordable(run.flags, share * after_cfm(run.flags), COST)
-    stage = f"meanflow-{lr:g}-{guidance:g}-{steps}"
-    cfm = run.load("cfm").requires_grad_(False)
-    null = cfm.contexts([""])
-    if not run.done(stage, cfm, meanflow_target, weighted):
-        draw = batches(run, stage, cfm, sorted_times, run.flags.caption_dropout)
-
-        def loss(model: MeanFlow, z0: Tensor, z1: Tensor, times: Tensor, text: Tensor) -> Tensor:
+        def loss(model: FlashAudio, z0: Tensor, z1: Tensor, times: Tensor, text: Tensor) -> Tensor:
             t = times[:, 0]
-            context = read(cfm, text)
+            context = read(start, text)
             z = torch.lerp(z0, z1, column(t, z0))
             with torch.no_grad():
                 v = guided(model.dit, z, t, z1 - z0, context, null.expand_as(context), guidance)
@@ -116,5 +113,4 @@ def train_rival(run: Run, lr: float = LR, guidance: float = GUIDANCE, share: flo
                 v[far] = meanflow_target(model.dit, z[far], v[far], times[far], context[far])
             return weighted(model.dit(z, times, context) - v)
 
-        train.fit(run, stage, MeanFlow.begin(cfm, run.flags.seed), ("dit",), draw, loss, steps, lr)
-    return MeanFlow.from_pretrained(run.folder(stage), str(run.device))
+        return loss

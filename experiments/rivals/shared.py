@@ -34,14 +34,13 @@ def coupling_cost(flags: train.Flags, stage: str) -> int:
 
 
 def chain_cost(flags: train.Flags, last: str = "distill") -> int:
-    """Forwards of train.py's stages from cfm to `last`, couplings included."""
+    """Forwards of train.py's stages from cfm to `last`, couplings included; none up to vae."""
+    stages = ("vae", "cfm", "rf1", "rf2", "distill")
     total = 0
-    for stage in ("cfm", "rf1", "rf2", "distill"):
+    for stage in stages[1:stages.index(last) + 1]:
         total += getattr(flags, f"{stage}_steps") * flags.batch_size * TRAINING
         if stage in ("rf2", "distill"):
             total += coupling_cost(flags, stage)
-        if stage == last:
-            break
     return total
 
 
@@ -51,21 +50,21 @@ def affordable(flags: train.Flags, forwards: float, cost: float) -> int:
 
 
 class Rival(FlashAudio):
-    """A FlashAudio that is trained in another way, with another sampler.
+    """A FlashAudio that is trained in another way and has another sampler.
 
-    It starts from the model of a stage, and has what FlashAudio takes from there to its last stage.
+    It starts from the model of a stage, and has the compute that FlashAudio takes from there on.
+    A subclass has loss(start, guidance) -> loss(model, z0, z1, t, text), the start being frozen.
     """
     label: str                                      # in the table
-    start = "cfm"
-    parts = ("dit",)                                # what is trained
-    cost: int                                       # forwards a clip of a training step
+    start = "cfm"                                   # the stage
+    cost = TRAINING                                 # forwards a clip of a training step
     lr: float
     guidance = 3.0
     tried: tuple                                    # learning rates, and ω, by --tune
     sampled: tuple                                  # steps and ω of its rows; the first by --tune
-    uses: tuple[Callable, ...] = ()                 # functions that its weights depend on
-    density: Callable[..., Tensor] = staticmethod(fa.uniform)
-    dropout: float | None = None                    # of captions; None: as the chain has it
+    uses: tuple[Callable, ...] = ()                 # what its weights depend on, beside its class
+    density = staticmethod(fa.uniform)
+    drops_captions = True
 
     @classmethod
     def trained(cls, run: Run, lr: float | None = None, guidance: float | None = None,
@@ -73,23 +72,19 @@ class Rival(FlashAudio):
         """The rival of a run, trained on `share` of its compute unless it is there."""
         lr, guidance = lr or cls.lr, guidance or cls.guidance
         flags = run.flags
-        spent = chain_cost(flags, "cfm") if cls.start == "cfm" else 0
-        steps = affordable(flags, share * (chain_cost(flags) - spent), cls.cost)
+        compute = chain_cost(flags) - chain_cost(flags, cls.start)
+        steps = affordable(flags, share * compute, cls.cost)
         stage = f"{cls.__name__.lower()}-{lr:g}-{guidance:g}-{steps}"
         start = run.load(cls.start).requires_grad_(False)
         if not run.done(stage, start, cls, *cls.uses):
-            dropout = flags.caption_dropout if cls.dropout is None else cls.dropout
+            clips = train.Latents(run, start)
+            dropout = flags.caption_dropout * cls.drops_captions
             own = replace(run, flags=replace(flags, caption_dropout=dropout))
-            draw = partial(train.get_batch, own, stage, train.Latents(run, start), cls.density,
-                           fa.no_pairing)
+            draw = partial(train.get_batch, own, stage, clips, cls.density, fa.no_pairing)
             model = cls.begin(start, flags.seed)
-            train.fit(run, stage, model, cls.parts, draw, cls.loss(start, guidance), steps, lr)
+            parts = clips.parts if cls.start == "vae" else ("dit",)     # captions are learnt once
+            train.fit(run, stage, model, parts, draw, cls.loss(start, guidance), steps, lr)
         return cls.from_pretrained(run.folder(stage), str(run.device))
-
-    @classmethod
-    def loss(cls, start: FlashAudio, guidance: float) -> Callable[..., Tensor]:
-        """loss(model, z0, z1, t, text) -> scalar, of a rival that starts from a frozen model."""
-        raise NotImplementedError
 
     @classmethod
     def begin(cls, model: FlashAudio, seed: int) -> "Rival":
@@ -105,11 +100,6 @@ class Rival(FlashAudio):
 def read(model: FlashAudio, text: Tensor) -> Tensor:
     """The texts of a batch, contexts or not yet -> contexts (B, N, D)."""
     return text.float() if text.is_floating_point() else model.text(text)
-
-
-def estimate(network: fa.Velocity, z: Tensor, t: Tensor, context: Tensor) -> Tensor:
-    """Where the velocity at z (B, ...) and t (B,) would end: z + (1 - t) v(z, t, c)."""
-    return z + column(1 - t, z) * network(z, t, context)
 
 
 def column(t: Tensor, z: Tensor) -> Tensor:
