@@ -305,24 +305,6 @@ class FrameAttention(nn.Module):
         return x + self.proj_out(h)
 
 
-class Downsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv1d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1)))          # (B, width, T) -> (B, width, T // 2)
-
-
-class Upsample(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.conv = nn.Conv1d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 def named(**modules: nn.Module) -> nn.Sequential:
     """Modules in a row, under the names that the public checkpoints give them."""
     return nn.Sequential(OrderedDict(modules))
@@ -348,7 +330,8 @@ def vae_encoder(c: VAEConfig) -> nn.Sequential:
         before = widths[max(i - 1, 0)]
         down.append(named(block=residual_blocks(before, width, c.res_blocks, kernel, groups)))
         if i in c.down_levels:
-            down[i].add_module("downsample", Downsample(width))
+            conv_half = nn.Conv1d(width, width, 3, stride=2)        # T -> T // 2
+            down[i].downsample = named(pad=nn.ConstantPad1d((0, 1), 0.0), conv=conv_half)
     return named(conv_in=nn.Conv1d(c.mel_bins, widths[0], **conv), down=down,
                  mid=middle(widths[-1], kernel, groups),
                  norm_out=nn.GroupNorm(groups, widths[-1], 1e-6), swish=nn.SiLU(),
@@ -364,7 +347,8 @@ def vae_decoder(c: VAEConfig) -> nn.Sequential:
         before = widths[min(i + 1, top)]
         up[str(i)] = named(block=residual_blocks(before, widths[i], c.res_blocks + 1, 3, groups))
         if i - 1 in c.down_levels:
-            up[str(i)].add_module("upsample", Upsample(widths[i]))
+            conv_twice = nn.Conv1d(widths[i], widths[i], 3, padding=1)      # T -> 2 T
+            up[str(i)].upsample = named(twice=nn.Upsample(scale_factor=2.0), conv=conv_twice)
     return named(conv_in=nn.Conv1d(c.z_channels, widths[-1], **conv),
                  mid=middle(widths[-1], 3, groups), up=nn.Sequential(up),
                  norm_out=nn.GroupNorm(groups, widths[0], 1e-6), swish=nn.SiLU(),

@@ -269,12 +269,11 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
     ema = [p.detach().clone() for p in weights]
     optimizer = torch.optim.AdamW(weights, lr, fused=run.device.type in ("cpu", "cuda"))
     checkpoint = run.folder(stage) / "train_state.pt"
-    step, seconds = resume(checkpoint, weights, ema, optimizer)
+    step, seconds, smooth = resume(checkpoint, weights, ema, optimizer)
     run.compile(model)
     log = open(run.out / "metrics.jsonl" if first else os.devnull, "a", buffering=1)
     progress = bar(None, stage, initial=step, total=steps, unit="step")
     began = saved = time.time()
-    smooth = math.nan                                   # running mean of the loss
     while step < steps:
         rate = lr * learning_rate(flags, step, steps)
         optimizer.param_groups[0]["lr"] = rate
@@ -303,7 +302,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
         if not math.isfinite(line["loss"] + line["grad_norm"]):
             raise InputError(f"{stage}: the loss is not finite at step {step}; the last checkpoint "
                              f"is kept. A smaller --lr or a longer --warmup usually helps")
-        smooth = line["loss"] if math.isnan(smooth) else 0.9 * smooth + 0.1 * line["loss"]
+        smooth = line["loss"] if smooth is None else 0.9 * smooth + 0.1 * line["loss"]
         progress.set_postfix_str(f"loss {smooth:.4f}")
         if check is not None and 10 * step // steps > 10 * (step - 10) // steps:
             line["held_out"] = held_out_loss(run, model, loss, check)
@@ -311,8 +310,8 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
         log.write(json.dumps(line) + "\n")
         if first and step < steps and time.time() - saved > flags.save_every:
             saved, state = time.time(), io.BytesIO()
-            torch.save({"step": step, "seconds": line["seconds"], "weights": weights, "ema": ema,
-                        "optimizer": optimizer.state_dict()}, state)
+            torch.save({"step": step, "seconds": line["seconds"], "loss": smooth, "ema": ema,
+                        "weights": weights, "optimizer": optimizer.state_dict()}, state)
             write_atomically(checkpoint, state.getbuffer())
     torch._foreach_copy_([p.detach() for p in weights], ema)
     if "vae" in parts:                                  # latents of std 1; over clips, not a batch
@@ -336,11 +335,11 @@ def learning_rate(flags: Flags, step: int, steps: int) -> float:
 
 
 def resume(checkpoint: Path, weights: list[Tensor], ema: list[Tensor],
-           optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Take up what an interrupted stage has saved -> its step and seconds until then, or 0, 0."""
+           optimizer: torch.optim.Optimizer) -> tuple[int, float, float | None]:
+    """Take up what an interrupted stage has saved -> its step, seconds, running mean of the loss."""
     barrier()
     if not checkpoint.exists():
-        return 0, 0.0
+        return 0, 0.0, None
     try:
         state = torch.load(checkpoint, map_location=weights[0].device, weights_only=True)
         for ours, saved in zip([*weights, *ema], [*state["weights"], *state["ema"]]):
@@ -350,7 +349,7 @@ def resume(checkpoint: Path, weights: list[Tensor], ema: list[Tensor],
         raise InputError(f"{checkpoint}: cannot be read, or is of another network: delete it to "
                          "begin the stage again") from e
     print(f"{checkpoint.parent.name}: continuing at step {state['step']}")
-    return state["step"], state["seconds"]
+    return state["step"], state["seconds"], state["loss"]
 
 
 @torch.no_grad()

@@ -82,6 +82,7 @@ class Table:
                      nfe=steps if guidance == 1 else 2 * steps, straightness=longest[1],
                      rtf=seconds * fa.SAMPLE_RATE / wav.numel())
 
+    @torch.no_grad()
     def sample(self, model: FlashAudio, steps: int, guidance: float) -> tuple[Tensor, float, float]:
         """Waveforms (N, samples), straightness of their paths, and seconds taken, text included.
 
@@ -89,7 +90,8 @@ class Table:
         """
         model.sample_latents(self.captions[:1], 1, seed=0)      # warms up
         began = time.time()
-        wavs, bend = [], 0.0
+        wavs = []
+        bend = 0.0
         for i in bar(range(0, len(self.captions), 64), "eval", unit="batch"):
             part = self.captions[i:i + 64]
             seeds = range(self.run.flags.seed + i, self.run.flags.seed + i + len(part))
@@ -123,7 +125,7 @@ def report(results: dict) -> str:
     lines = [columns]
     for row in rows:
         values = [row[name] for name in columns]
-        cells = [f"{round(x, 6):.3g}" if isinstance(x, float) else str(x) for x in values]
+        cells = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in values]
         lines.append(["-" if cell == "None" else cell for cell in cells])
     return "\n\n".join([
         markdown(lines), " ".join(results["remarks"]),

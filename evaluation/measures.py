@@ -20,7 +20,7 @@ def frechet_distance(x: Tensor, y: Tensor) -> float:
     cov_x, cov_y = (torch.atleast_2d(points.T.cov()) for points in (x, y))      # (E, E)
     cross = torch.linalg.eigvals(cov_x @ cov_y).real.clamp(min=0).sqrt().sum()
     distance = (x.mean(0) - y.mean(0)).pow(2).sum() + cov_x.trace() + cov_y.trace() - 2 * cross
-    return max(0.0, distance.item())                # rounding may go below
+    return max(0.0, round(distance.item(), 9))      # rounding errors, also below zero, go
 
 
 def kl_divergence(log_p: Tensor, log_q: Tensor) -> float:

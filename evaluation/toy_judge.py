@@ -114,7 +114,8 @@ def measure(wav: np.ndarray, scene: str) -> dict[str, bool]:
     parts = [wav, wav]
     if relation == ">":
         parts = [wav[:14900], wav[17600:]]                      # 0 to .93 s, 1.1 s to the end
-    found, tonality = {}, []
+    found = {}
+    tonality = []
     for kind, detail, part in zip(kinds, details, parts):
         frequency, _, spectrum = stft(part, SAMPLE_RATE, nperseg=1024)
         power = np.abs(spectrum) ** 2                           # (bins, frames)

@@ -1,18 +1,14 @@
 """How fast is this machine, and what would a recipe take?
 
-    python -m experiments.bench                             measures sampling and training here
+    python -m experiments.bench                             measures sampling and a training step
     python -m experiments.bench --plan 60 --size small      an estimate at 60 TFLOP/s; runs nothing
 
-To measure, sounds are made and text is read as bytes. For the plan, shapes without numbers pass
-through the loss of each stage; evaluation, mels, latents and a frozen text encoder come on top.
+Shapes without numbers pass through the loss of each stage. Evaluation, mels, latents and a frozen
+text encoder come on top, minutes each.
 """
 
 import argparse
-import json
-import math
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Callable
 
 import torch
@@ -22,9 +18,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flashaudio as fa
 import train
-from data import toy
 from evaluation.evaluate import markdown
-from runs.run import STAGES, find_device, hardware, one_line_errors, peak_memory
+from runs.run import find_device, hardware, one_line_errors
 
 STATE = 20      # bytes for a trained parameter: weight, gradient, average, two moments
 SAVED = 0.5     # of what autograd keeps in float32: most of it is bfloat16 on a GPU
@@ -65,6 +60,11 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def part_of(flags: train.Flags) -> int:
+    """Clips that are computed at once."""
+    return max(1, flags.batch_size // flags.grad_accum)
+
+
 def plan(flags: train.Flags) -> list[dict]:
     """What the stages and the couplings before them take, in their order: parameters trained,
     operations in a step (of pairs: in a batch), steps, bytes of memory."""
@@ -73,7 +73,7 @@ def plan(flags: train.Flags) -> list[dict]:
     if flags.init or flags.text != "bytes":         # stays on the hub: its contexts are enough
         tokens = 154 if flags.init else 77
         config = replace(config, text=fa.TextConfig("none"))
-    part = max(1, flags.batch_size // flags.grad_accum)
+    part = part_of(flags)
     with torch.device("meta"):
         model = fa.FlashAudio(config)
         z, t = torch.empty(part, *model.latent_shape()), torch.empty(part)
@@ -93,7 +93,7 @@ def plan(flags: train.Flags) -> list[dict]:
         if stage in ("rf2", "distill"):
             rows.append({"stage": f"{stage} pairs", "trained": 0,
                          "flop": forward * coupling_cost(flags, stage),
-                         "steps": math.ceil(getattr(flags, f"{stage}_couplings") / part),
+                         "steps": -(-getattr(flags, f"{stage}_couplings") // part),
                          "bytes": 4 * whole + SAVED * kept})
         rows.append({"stage": stage, "trained": trained,
                      "flop": (forward + backward) * flags.batch_size / part,
@@ -122,7 +122,7 @@ def print_rows(rows: list[dict]) -> None:
     print(markdown(lines), end="\n\n")
 
 
-def milliseconds(f: Callable) -> float:
+def milliseconds(f: Callable[[], object]) -> float:
     """Median time of f(), warmed up and waited for."""
     timer = Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads())
     return 1000 * timer.blocked_autorange(min_run_time=0.5).median
@@ -143,57 +143,44 @@ def sampling(model: fa.FlashAudio, size: int) -> dict:
     return {**row, "RTF": row["all"] / 1000 / seconds}
 
 
-def training(flags: train.Flags, steps: int, folder: Path) -> list[dict]:
-    """`steps` steps of each stage of a recipe, timed from the 10th on, and the recipe's hours."""
-    part = max(1, flags.batch_size // flags.grad_accum)
-    few = replace(flags, data=str(folder / "manifest.csv"), out=str(folder / flags.size),
-                  judge="", warmup=10, **{f"{stage}_steps": steps for stage in STAGES})
-    pace = {}                                           # seconds a step
-    with train.open_run(few) as run:
-        model = train.train_rf1(run, train.train_cfm(run, train.train_vae(run)))
-        for stage, learn in (("rf2", train.train_rf2), ("distill", train.distill)):
-            for batches in (1, 4):                      # the first is compiled for
-                setattr(few, f"{stage}_couplings", batches * part)
-                pairs = train.Couplings(run, model, stage)
-                pairs.make()
-            pace[f"{stage} pairs"] = pairs.seconds / 4
-            model = learn(run, model, pairs)
-        lines = (run.out / "metrics.jsonl").read_text().splitlines()
-    seconds = {(x["stage"], x["step"]): x["seconds"] for x in map(json.loads, lines)}
-    rows = []
-    for row in plan(flags):
-        stage = row["stage"]
-        if stage not in pace:
-            pace[stage] = (seconds[stage, steps] - seconds[stage, 10]) / (steps - 10)
-        rows.append({"size": flags.size, "stage": stage, "ms": 1000 * pace[stage],
-                     "TFLOP/s": row["flop"] / pace[stage] / 1e12,
-                     "hours": pace[stage] * row["steps"] / 3600})
-    return rows
+def training(flags: train.Flags, model: fa.FlashAudio) -> float:
+    """The TFLOP/s that a part of a step of stage cfm reaches."""
+    part, device = part_of(flags), model.device
+    z = torch.randn(part, *model.latent_shape(), device=device)
+    t = torch.rand(part, device=device)
+    text = model.text.tokenize(["a bell followed by rain"] * part).to(device)
+    if device.type == "cuda":
+        model.dit.compile()                             # as in training
+    optimizer = torch.optim.AdamW([*model.text.parameters(), *model.dit.parameters()], fused=True)
+
+    def step() -> None:
+        with fa.autocast(device):
+            loss = fa.rectified_flow_loss(model, z, -z, t, text)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    cfm = next(row for row in plan(flags) if row["stage"] == "cfm")
+    return cfm["flop"] * part / flags.batch_size / (milliseconds(step) / 1000) / 1e12
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("experiments.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=float, help="TFLOP/s to estimate by; nothing is run")
-    parser.add_argument("--size", default="toy,small", help="sizes of train.py [toy,small]")
+    parser.add_argument("--size", default="toy", help="sizes of train.py: toy,small,base,large [toy]")
     parser.add_argument("--batch", default="1,16,64", help="batch sizes of sampling [1,16,64]")
-    parser.add_argument("--steps", default=200, type=int, help="steps of each stage, over 10 [200]")
     given = parser.parse_args(argv)
-    recipes = [train.parse_flags(["--size", size]) for size in given.size.split(",")]
-    if given.plan:
-        return [print_plan(flags, given.plan) for flags in recipes]
-    device = find_device()
-    speeds, rows = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        toy.write_toy_set(folder, 64, 8)
-        for flags in recipes:
-            model = fa.FlashAudio(fa.SIZES[flags.size]).to(device).eval()
-            for size in map(int, given.batch.split(",")):
-                speeds.append({"size": flags.size, **sampling(model, size)})
-            rows += training(replace(flags, text="bytes"), given.steps, Path(folder))
-    print(hardware(device))
-    print_rows(speeds)
-    print_rows(rows)
+    for size in given.size.split(","):
+        flags, speed = train.parse_flags(["--size", size]), given.plan
+        if speed is None:
+            device = find_device()
+            print(f"{hardware(device)}; milliseconds of a batch, size {size}")
+            model = fa.FlashAudio(fa.SIZES[size]).to(device)
+            print_rows([sampling(model, int(batch)) for batch in given.batch.split(",")])
+            flags = replace(flags, text="bytes")
+            speed = training(flags, model)
+        print_plan(flags, speed)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,42 @@
-"""From measured rows to tables, and from tables to verdicts on the claims of claims.csv.
+"""From measured rows to tables, and to verdicts on the claims of claims.csv.
 
 A row is {"table", "name", "seed", "figures": {figure: value}}, in a file of its own.
 """
 
 import csv
 import json
-from itertools import chain
+from dataclasses import asdict
 from pathlib import Path
-from typing import Callable
+from typing import Any, Callable
 
 import numpy as np
 from scipy import stats
 
-from evaluation.evaluate import markdown
 from runs.cache import digest, write_atomically
+from runs.run import find_device, hardware
 
 ROOT = Path(__file__).parent.parent
 LEVEL = 0.05            # share of chance findings among the differences that are shown
 
 
-def code_of_figures() -> str:
-    """Digest of the code that every figure depends on: the method, its training, the judge."""
-    return digest(ROOT / "flashaudio.py", ROOT / "train.py", *sorted(ROOT.glob("evaluation/*.*")))
+def kept_row(folder: Path, row: dict, measure: Callable[[], dict], *depends) -> dict:
+    """The row with what `measure()` tells of it, kept in a file of the folder.
 
-
-def kept_row(file: Path, measure: Callable[[], dict]) -> dict:
-    """The row in the file; where there is none, what is measured is written there first."""
+    It is measured anew where the row, what it depends on, or the code of the method, its training
+    or the judge is another.
+    """
+    code = [ROOT / "flashaudio.py", ROOT / "train.py", *sorted(ROOT.glob("evaluation/*.*"))]
+    file = folder / f"{digest(row, *depends, *code)}.json"
     if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, json.dumps(measure(), indent=1).encode())
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, json.dumps({**row, **measure()}, indent=1).encode())
     return json.loads(file.read_text())
+
+
+def write_rows(file: Path, rows: list[dict], flags: Any) -> None:
+    """What is published: tables and claims follow from it."""
+    held = {"rows": rows, "flags": asdict(flags), "hardware": hardware(find_device(flags.device))}
+    write_atomically(file, json.dumps(held, indent=1).encode())
 
 
 def by_figure(rows: list[dict]) -> dict:
@@ -41,65 +48,62 @@ def by_figure(rows: list[dict]) -> dict:
     return found
 
 
-def summary(rows: list[dict]) -> dict:
-    """{table: {name: {figure: [mean, standard error or None, seeds]}}}."""
-    tables: dict = {}
-    for (table, name, figure), seeds in by_figure(rows).items():
-        values = list(seeds.values())
-        error = float(stats.sem(values)) if len(values) > 1 else None
-        figures = tables.setdefault(table, {}).setdefault(name, {})
-        figures[figure] = [float(np.mean(values)), error, len(values)]
-    return tables
+def cell(seeds: dict | None) -> str:
+    """Mean ± standard error of {seed: value}."""
+    values = list((seeds or {}).values())
+    if len(values) < 2:
+        return f"{values[0]:.3g}" if values else "-"
+    return f"{np.mean(values):.3g} ± {stats.sem(values):.2g}"
 
 
-def differences(rows: list[dict]) -> list[dict]:
-    """The claims of which the rows can tell, with `gaps`: one less the other, for each seed."""
-    found, told = by_figure(rows), []
-    text = Path(__file__).with_name("claims.csv").read_text(encoding="utf-8")
-    for claim in csv.DictReader(text.splitlines()):
-        others = claim["figure of the other"] or claim["figure"]
-        for figure, of_other in zip(claim["figure"].split("; "), others.split("; ")):
-            one = found.get((claim["table"], claim["one"], figure), {})
-            other = found.get((claim["table"], claim["other"], of_other), {})
-            seeds = sorted(one.keys() & other.keys())
-            if not seeds:
-                continue
-            pairs = np.array([(one[seed], other[seed]) for seed in seeds])
-            paper = claim["paper"] if figure.startswith("fd") else ""           # has FAD alone
-            told.append({"claim": claim["claim"], "figure": figure, "of the other": of_other,
-                         "paper": paper, "ours": pairs.mean(0), "gaps": pairs[:, 0] - pairs[:, 1]})
-    return told
+def table_of(rows: list[dict], table: str) -> list[list[str]]:
+    """A line for each row and a column for each figure, or the other way where that is longer."""
+    found = by_figure(rows)
+    names = dict.fromkeys(row["name"] for row in rows if row["table"] == table)
+    figures = dict.fromkeys(figure for of, _, figure in found if of == table)
+    lines = [[table, *figures]]
+    for name in names:
+        lines.append([name, *(cell(found.get((table, name, figure))) for figure in figures)])
+    return [list(line) for line in zip(*lines)] if len(figures) > len(names) else lines
 
 
 def judge_claims(rows: list[dict]) -> list[dict]:
-    """The claims with their mean difference, half of its 95% interval (Student's t, seeds paired),
-    and a verdict.
+    """The claims that three or more seeds can tell of: the mean difference, one less the other of
+    each seed, half of its 95% interval (Student's t), and a verdict.
 
     A difference is shown where its p-value survives the correction of Benjamini and Hochberg (1995)
     for all claims of the page. It agrees with the paper where it has the sign of its figures.
     """
-    judged = differences(rows)
-    tested = [claim for claim in judged if len(claim["gaps"]) > 2]
-    for claim in judged:
-        claim.update(difference=claim["gaps"].mean(), interval=None, verdict="cannot be judged")
-    for claim in tested:
-        degrees = len(claim["gaps"]) - 1
-        claim["error"] = stats.sem(claim["gaps"])
-        claim["interval"] = stats.t.isf(0.025, degrees) * claim["error"]
-        distance = abs(claim["difference"]) / (claim["error"] or np.inf)
-        claim["p"] = 2 * stats.t.sf(distance, degrees)
-    if tested:
-        shown = stats.false_discovery_control([claim["p"] for claim in tested]) <= LEVEL
-        level = min(LEVEL, LEVEL * (shown.sum() + 1) / len(tested))     # of one more
-        for claim, seen in zip(tested, shown):
-            least = stats.t.isf(level / 2, len(claim["gaps"]) - 1) * claim["error"]
+    found, judged = by_figure(rows), []
+    text = Path(__file__).with_name("claims.csv").read_text(encoding="utf-8")
+    for claim in csv.DictReader(text.splitlines()):
+        for figure in claim["figure"].split("; "):
+            of_other = claim["figure of the other"] or figure
+            one = found.get((claim["table"], claim["one"], figure), {})
+            other = found.get((claim["table"], claim["other"], of_other), {})
+            seeds = sorted(one.keys() & other.keys())
+            if len(seeds) < 3:
+                continue
+            pairs = np.array([(one[seed], other[seed]) for seed in seeds])
+            gap, error = np.mean(pairs @ (1, -1)), stats.sem(pairs @ (1, -1))
+            student = stats.t(len(seeds) - 1)
+            judged.append({"claim": claim["claim"], "figure": figure, "of the other": of_other,
+                           "ours": pairs.mean(0), "difference": gap,
+                           "interval": student.isf(0.025) * error,
+                           "p": 2 * student.sf(abs(gap) / (error or np.inf)),
+                           # which has FAD alone
+                           "paper": claim["paper"] if figure.startswith("fd") else ""})
+    if judged:
+        shown = stats.false_discovery_control([claim["p"] for claim in judged]) <= LEVEL
+        level = min(LEVEL, LEVEL * (shown.sum() + 1) / len(judged))     # that of one more
+        for claim, seen in zip(judged, shown):
+            least = claim["interval"] * student.isf(level / 2) / student.isf(0.025)
             claim["verdict"] = verdict_of(claim["difference"], seen, least, claim["paper"])
     return judged
 
 
 def verdict_of(gap: float, shown: bool, least: float, paper: str) -> str:
-    """least: the smallest difference that would have been shown. paper: its two figures, "1.12,
-    1.19", or "" where it has none."""
+    """least: the smallest difference that would have been shown; paper: its two figures, or ""."""
     if not shown:
         return f"not shown (could have seen d ≥ {least:.2g})"
     if not paper:
@@ -108,35 +112,13 @@ def verdict_of(gap: float, shown: bool, least: float, paper: str) -> str:
     return "as in the paper" if (gap < 0) == (theirs[0] < theirs[1]) else "the opposite"
 
 
-def plus_minus(value: float, error: float | None) -> str:
-    return f"{value:.3g}" if error is None else f"{value:.3g} ± {error:.2g}"
-
-
-def table_of(table: str, rows: dict) -> list[list[str]]:
-    """A line for each row and a column for each figure, or the other way where that is longer."""
-    columns = list(dict.fromkeys(chain(*rows.values())))
-    lines = [[table, *columns]]
-    for name, figures in rows.items():
-        cells = [plus_minus(*figures[c][:2]) if c in figures else "-" for c in columns]
-        lines.append([name, *cells])
-    if len(columns) > len(rows):
-        lines = [list(line) for line in zip(*lines)]
-    return lines
-
-
-def claims_of(claims: list[dict]) -> list[list[str]]:
+def claims_of(rows: list[dict]) -> list[list[str]]:
+    """The claims that the rows tell of as lines of a table."""
     lines = [["claim", "figure", "one", "other", "difference", "in the paper", "verdict"]]
-    for claim in claims:
+    for claim in judge_claims(rows):
         figures = dict.fromkeys((claim["figure"], claim["of the other"]))
-        ours = [f"{value:.3g}" for value in claim["ours"]]
-        gap = plus_minus(claim["difference"], claim["interval"])
-        lines.append([claim["claim"], "; ".join(figures), *ours, gap, claim["paper"] or "-",
-                      claim["verdict"]])
+        one, other = claim["ours"]
+        lines.append([claim["claim"], "; ".join(figures), f"{one:.3g}", f"{other:.3g}",
+                      f"{claim['difference']:.3g} ± {claim['interval']:.2g}",
+                      claim["paper"] or "-", claim["verdict"]])
     return lines
-
-
-def print_claims(rows: list[dict]) -> None:
-    print(markdown(claims_of(judge_claims(rows))))
-    print("\none less the other, ± half of a 95% interval of the mean, seeds paired. A verdict is "
-          "what\nsurvives a false discovery rate of 5% over the table; d: the least difference that "
-          "would have")

@@ -113,6 +113,7 @@ class Run:
     def save(self, stage: str, model: FlashAudio, seconds: float = 0.0) -> None:
         """Write the stage's model, each file whole or not at all; its train state goes."""
         model.config = replace(model.config, stage=stage)
+        model.card = ""                             # that of the stage before
         if rank_and_world()[0] == 0:
             folder = self.folder(stage)
             unfinished = folder / ".saving"

@@ -45,7 +45,7 @@ def test_a_python_block_runs(finished, block, tmp_path, monkeypatch):
     """As a script, where out/fork is a copy of out/toy without the stages that it makes."""
     for name, value in (("SIZES", dict(fa.SIZES)), ("DiT", fa.DiT),
                         ("TEXT_ENCODERS", dict(fa.TEXT_ENCODERS))):
-        monkeypatch.setattr(fa, name, value)            # what a block changes there, it changes here
+        monkeypatch.setattr(fa, name, value)            # what a block changes is put back
     monkeypatch.chdir(tmp_path)
     shutil.copytree(finished, "out/toy")
     shutil.copytree(finished, "out/fork")

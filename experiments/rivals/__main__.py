@@ -1,88 +1,64 @@
 """FlashAudio beside the rivals of its abstract, over several seeds:  python -m experiments.rivals
 
 Every seed is a run of train.py in <out>/seed<n>, whose stages are used where they are there, with a
-folder more for each rival. All make the same held-out captions from the same noise, through the
-vocoder, as in the table of train.py. A row that is a file in <out>/rows was measured: the same
-command goes on, and a rival of another learning rate, guidance or length is trained anew.
+folder more for each rival. All make the same held-out captions from the same noise. A row that is a
+file in <out>/rows was measured: the same command goes on, and a rival of another learning rate,
+guidance or length is trained anew.
 
     python -m experiments.rivals --seeds 5          the table, also in <out>/rivals.json
     python -m experiments.rivals --tune MeanFlow    its settings compared on validation clips
 """
 
-import json
 from copy import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Iterator
 
 import torch
 
 import flashaudio as fa
 import train
 from evaluation.evaluate import Table, markdown
-from evaluation.judges import is_toy
-from experiments.ablate import Row, flags_of, new_parser, train_row
+from experiments.ablate import Row, flags_of, new_parser, own_noise, train_row
 from experiments.rivals.consistency import Consistency
 from experiments.rivals.diffusion import Diffusion
 from experiments.rivals.direct import Direct
 from experiments.rivals.meanflow import MeanFlow
 from experiments.rivals.shared import chain_cost
-from experiments.tables import (
-    code_of_figures, judge_claims, kept_row, plus_minus, print_claims, summary)
+from experiments.tables import kept_row, plus_minus, print_claims, summary, write_rows
 from flashaudio import FlashAudio, InputError
-from runs.cache import digest, write_atomically
-from runs.run import Run, hardware, one_line_errors
+from runs.run import Run, one_line_errors
 
 RIVALS = {rival.__name__: rival for rival in (Diffusion, Consistency, MeanFlow, Direct)}
 CHAIN = {"cfm": ("CFM", ((1, 1.0), (24, 1.0), (24, 3.0))), "rf2": ("2-RF", ((1, 1.0), (4, 1.0))),
-         "distill": ("FlashAudio, distilled", ((1, 1.0),))}
+         "distill": ("FlashAudio, distilled", ((1, 1.0),))}     # label, steps and ω
 FIGURES = ("fd", "kl", "accuracy", "measured", "straightness", "rtf")
 
 
-@dataclass
-class Entry:
-    """A trained model, what it took (forwards a clip), and how it is sampled: steps and ω."""
-    label: str
-    model: FlashAudio
-    cost: int
-    sampled: tuple[tuple[int, float], ...]
-
-
-def entries(run: Run) -> Iterator[Entry]:
-    """FlashAudio's models, then each rival's, as soon as it is trained."""
-    train_row(run, Row("", "", "distill"))
-    for stage, (label, sampled) in CHAIN.items():
-        yield Entry(label, run.load(stage), chain_cost(run.flags, stage), sampled)
-    for rival in RIVALS.values():                       # all take what FlashAudio takes
-        yield Entry(rival.label, rival.trained(run), chain_cost(run.flags), rival.sampled)
-
-
+@torch.no_grad()
 def figures(table: Table, model: FlashAudio, steps: int, guidance: float) -> dict:
     """What a row shows of a model, measured as in the table of train.py."""
-    made = table.sample(model, steps, guidance)
-    found = {**table.judge(made[0]), "rtf": made[2] * fa.SAMPLE_RATE / made[0].numel()}
+    wav, bend, seconds = table.sample(model, steps, guidance)
+    found = {**table.judge(wav), "rtf": seconds * fa.SAMPLE_RATE / wav.numel()}
     if model.sampler is fa.euler_sample:                # of a flow, whose paths can be simulated
-        longest = made if steps == 24 else table.sample(model, 24, guidance)
-        found["straightness"] = longest[1]
+        found["straightness"] = bend if steps == 24 else table.sample(model, 24, guidance)[1]
     return {figure: found[figure] for figure in FIGURES if figure in found}
 
 
-def measure(run: Run, entry: Entry, table: Table, folder: Path) -> list[dict]:
-    """The rows of a model, measured unless they are in the folder."""
+def measure(run: Run, table: Table, label: str, model: FlashAudio, sampled: tuple,
+            cost: int) -> list[dict]:
+    """The rows of a model, each sampled with steps and ω; cost: of its training, in forwards."""
     found = []
-    for steps, guidance in entry.sampled:
-        held = {"table": "rivals", "name": row_name(entry.label, steps, guidance),
-                "model": entry.label, "nfe": steps if guidance == 1 else 2 * steps,
-                "omega": guidance, "compute": entry.cost / chain_cost(run.flags, "cfm"),
-                "seed": run.flags.seed}
-        name = digest(code_of_figures(), entry.model, held, run.flags.eval_clips,
-                      run.flags.vocoder, run.data.key)
+    for steps, guidance in sampled:
+        row = {"table": "rivals", "name": row_name(label, steps, guidance), "model": label,
+               "nfe": steps if guidance == 1 else 2 * steps, "omega": guidance,
+               "compute": cost / chain_cost(run.flags, "cfm"), "seed": run.flags.seed}
 
         def measured() -> dict:
-            return {**held, "figures": figures(table, entry.model, steps, guidance)}
+            return {"figures": figures(table, model, steps, guidance)}
 
-        found.append(kept_row(folder / f"{name}.json", measured))
+        found.append(kept_row(run.out.parent / "rows", row, measured, run.flags.eval_clips,
+                              run.flags.vocoder, run.data.key, model))
     return found
 
 
@@ -90,35 +66,37 @@ def row_name(label: str, steps: int, guidance: float) -> str:
     return f"{label}, {steps}, ω = {guidance:g}"
 
 
-@torch.no_grad()
+def compare(flags: train.Flags, seeds: int) -> list[dict]:
+    """Train and measure everything for every seed -> the rows, also in <out>/rivals.json."""
+    out, rows = Path(flags.out), []
+    for seed in range(seeds):
+        with train.open_run(replace(flags, seed=seed, out=str(out / f"seed{seed}"))) as run:
+            table = Table(own_noise(run))
+            train_row(run, Row("", "", "distill"))
+            for stage, (label, sampled) in CHAIN.items():
+                cost = chain_cost(run.flags, stage)
+                rows += measure(run, table, label, run.load(stage), sampled, cost)
+            for rival in RIVALS.values():               # all take what FlashAudio takes
+                rows += measure(run, table, rival.label, rival.trained(run), rival.sampled, cost)
+    write_rows(out / "rivals.json", rows, flags)
+    return rows
+
+
 def tune(run: Run, rival: type, share: float) -> None:
     """Print what a rival reaches on validation clips with each of its settings that are tried."""
-    if not is_toy(run.data):
-        raise InputError("rivals are tuned on the toy set's validation clips: leave --data out")
     data = copy(run.data)
     data.test = data.validation
+    if not len(data.test):
+        raise InputError("rivals are tuned on validation clips, and this set has none")
     judged = replace(run, data=data, flags=replace(run.flags, out=str(run.out / "validation")))
-    table = Table(judged)
-    steps, omega = rival.sampled[0]
+    table = Table(own_noise(judged))
     train_row(run, Row("", "", "cfm"))
+    steps, omega = rival.sampled[0]
     print(f"{rival.label}: {share:g} of its training, {len(table.captions)} validation captions")
     for lr, guidance in product(*rival.tried):
         found = figures(table, rival.trained(run, lr, guidance, share), steps, omega)
         texts = [f"{figure} {value:.4g}" for figure, value in found.items()]
         print(f"lr {lr:g}, ω = {guidance:g}, {steps} step{'s' * (steps > 1)}: {', '.join(texts)}")
-
-
-def compare(flags: train.Flags, seeds: int) -> list[dict]:
-    """Train and measure everything for every seed, write rivals.json -> the rows."""
-    out, rows = Path(flags.out), []
-    for seed in range(seeds):
-        with train.open_run(replace(flags, seed=seed, out=str(out / f"seed{seed}"))) as run:
-            table = Table(run)
-            for entry in entries(run):
-                rows += measure(run, entry, table, out / "rows")
-            held = {"rows": rows, "flags": asdict(flags), "hardware": hardware(run.device)}
-            write_atomically(out / "rivals.json", json.dumps(held, indent=1).encode())
-    return rows
 
 
 def table_of(rows: list[dict]) -> list[list[str]]:
@@ -134,14 +112,6 @@ def table_of(rows: list[dict]) -> list[list[str]]:
     return lines
 
 
-def print_table(rows: list[dict]) -> None:
-    print(markdown(table_of(rows)))
-    print(f"\n{len({row['seed'] for row in rows})} seeds, mean ± standard error. compute: of "
-          "training, in CFMs. ω: when sampling; the\nfew-step models have theirs in their weights. "
-          "straightness: of 24 steps. rtf: text to waveform, batch 64\n")
-    print_claims(judge_claims(rows))
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser("experiments.rivals", __doc__)
     parser.add_argument("--tune", choices=RIVALS, help="compare settings of this rival instead")
@@ -150,11 +120,16 @@ def main(argv: list[str] | None = None) -> None:
                         help="share of the training that a setting gets in --tune [0.25]")
     given = parser.parse_args(argv)
     flags = flags_of(given)
-    if given.tune is None:
-        return print_table(compare(flags, given.seeds))
-    out = str(Path(given.out) / f"seed{given.seed}")
-    with train.open_run(replace(flags, seed=given.seed, out=out)) as run:
-        tune(run, RIVALS[given.tune], given.share)
+    if given.tune:
+        out = str(Path(given.out) / f"seed{given.seed}")
+        with train.open_run(replace(flags, seed=given.seed, out=out)) as run:
+            return tune(run, RIVALS[given.tune], given.share)
+    rows = compare(flags, given.seeds)
+    print(markdown(table_of(rows)))
+    print(f"\n{given.seeds} seeds, mean ± standard error. compute: of training, in CFMs. ω: when "
+          "sampling;\nfew-step models have theirs in their weights. rtf: text to waveform, batch "
+          "64. straightness: of 24 steps\n")
+    print_claims(rows)
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@ of the teacher later (Song et al. 2023; guidance inside the step: LCM, Luo et al
 """
 
 import zlib
-from copy import deepcopy
 from typing import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import flashaudio as fa
 from experiments.rivals.shared import TRAINING, Rival, column, read
@@ -59,40 +59,29 @@ def consistency_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tenso
     return torch.stack(path) if return_trajectory else z
 
 
-class Average:
-    """A network whose weights follow another's; it begins as a copy, also when a run goes on."""
-    network: nn.Module | None = None
-
-    @torch.no_grad()
-    def follow(self, network: nn.Module) -> nn.Module:
-        if self.network is None:
-            self.network = deepcopy(network).requires_grad_(False)
-        weights = list(network.parameters())
-        torch._foreach_lerp_(list(self.network.parameters()), weights, 1 - DECAY)
-        return self.network
-
-
 class Consistency(Rival):
     label = "consistency"
     cost = TRAINING + 2 + 1             # student, guided teacher, average
     lr = 5e-4
     tried = ((2e-4, 5e-4), (2.0, 3.0))
     sampled = ((1, 1.0), (2, 1.0), (4, 1.0))
-    uses = (consistency_target, estimate, Average)
+    uses = (consistency_target, estimate)
     density = staticmethod(grid)
     drops_captions = False
     sampler = staticmethod(consistency_sample)
 
     @staticmethod
     def loss(start: FlashAudio, guidance: float) -> Callable[..., Tensor]:
-        null, average = start.contexts([""]), Average()
+        null = start.contexts([""])
+        average = AveragedModel(start.dit, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
 
         def loss(model: FlashAudio, z0: Tensor, z1: Tensor, t: Tensor, text: Tensor) -> Tensor:
+            average.update_parameters(model.dit)        # the first time, it copies them
             context = read(start, text)
             z = torch.lerp(z0, z1, column(t, z0))
-            target = consistency_target(start.dit, average.follow(model.dit), z, t, context,
-                                        null.expand_as(context), guidance)
+            target = consistency_target(start.dit, average, z, t, context, null.expand_as(context),
+                                        guidance)
             error = estimate(model.dit, z, t, context) - target
-            return ((error ** 2 + HUBER ** 2).sqrt() - HUBER).mean()    # as LCM's pseudo-Huber
+            return ((error ** 2 + HUBER ** 2).sqrt() - HUBER).mean()    # squared near 0
 
         return loss

@@ -4,7 +4,8 @@ from copy import copy
 from dataclasses import replace
 
 import train
-from experiments.rivals.shared import TRAINING, Rival, affordable, chain_cost, coupling_cost
+from experiments.bench import coupling_cost
+from experiments.rivals.shared import TRAINING, Rival, affordable, chain_cost
 from flashaudio import FlashAudio
 from runs.run import Run
 
@@ -28,7 +29,7 @@ class Direct(Rival):
                         distill_coupling_steps=flags.rf2_coupling_steps, anchor_steps=0,
                         distill_couplings=number)
         compute = share * (chain_cost(run.flags) - chain_cost(run.flags, "cfm"))
-        steps = affordable(flags, compute - coupling_cost(flags, "distill"), TRAINING)
+        steps = affordable(flags, compute - number * coupling_cost(flags, "distill"), TRAINING)
         out = run.out / f"direct-{flags.lr:g}-{flags.distill_guidance:g}-{steps}"
         own = replace(run, flags=replace(flags, distill_steps=steps, out=str(out)),
                       data=copy(run.data))

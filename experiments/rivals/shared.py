@@ -14,33 +14,20 @@ from torch import Tensor
 
 import flashaudio as fa
 import train
-from experiments.bench import evaluations
+from experiments.bench import coupling_cost
 from flashaudio import FlashAudio
-from runs.run import Run
+from runs.run import STAGES, Run
 
 TRAINING = 3            # forward and backward
 
 
-def coupling_cost(flags: train.Flags, stage: str) -> int:
-    """Forwards that the couplings of rf2 or distill take.
-
-    Anchored samples that are near enough to the path stop earlier: this is the most that it may be.
-    """
-    each = evaluations(flags, stage)
-    forwards = each * getattr(flags, f"{stage}_coupling_steps")
-    if each > 2:
-        forwards -= 1                               # anchored: at z0 the caption's is the path's
-    return forwards * getattr(flags, f"{stage}_couplings")
-
-
 def chain_cost(flags: train.Flags, last: str = "distill") -> int:
     """Forwards of train.py's stages from cfm to `last`, couplings included; none up to vae."""
-    stages = ("vae", "cfm", "rf1", "rf2", "distill")
     total = 0
-    for stage in stages[1:stages.index(last) + 1]:
+    for stage in STAGES[1:STAGES.index(last) + 1]:
         total += getattr(flags, f"{stage}_steps") * flags.batch_size * TRAINING
         if stage in ("rf2", "distill"):
-            total += coupling_cost(flags, stage)
+            total += getattr(flags, f"{stage}_couplings") * coupling_cost(flags, stage)
     return total
 
 
