@@ -765,7 +765,8 @@ SIZES: dict[str, FlashAudioConfig] = {
         TextConfig(max_length=64, layers=2, heads=4), frames=128),
     # 74M: Table 5 gives counts alone, sizes here and in large are chosen. VAE of 53M, 4.992 s: ours
     "small": FlashAudioConfig(VAEConfig(channels=192),
-                              DiTConfig(hidden_size=512, num_heads=16, depth=12), frames=312),
+                              DiTConfig(hidden_size=512, num_heads=16, depth=12,
+                                        absolute_positions=True), frames=312),
     "base": FlashAudioConfig(),     # 197M, the paper's model
     # 429M
     "large": FlashAudioConfig(dit=DiTConfig(hidden_size=1024, num_heads=32, depth=20)),

@@ -2,7 +2,6 @@
 
 import io
 import math
-import mmap
 import os
 import re
 from pathlib import Path
@@ -18,56 +17,49 @@ from flashaudio import SAMPLE_RATE, InputError
 # libsndfile's log of a file whose header promises more sound than there is
 CUT_SHORT = re.compile(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
 WRITTEN_TO_A_PIPE = 0x7F000000      # bytes; so large a promise means "not known yet"
-UNKNOWN = 2 ** 36                   # samples; so does this one
-NO_SIZE = re.compile(rb"data(?:\0{4}|\xff{4})")     # it was to be written in the end
-XING = re.compile(rb"(?:Xing|Info)\0\0\0[\3\7\13\17](.{4})(.{4})", re.DOTALL)   # frames, bytes
+XING = re.compile(rb"((?:Xing|Info)\0\0\0[\3\7\13\17]).{4}(.{4})", re.DOTALL)   # frames, bytes
+ENDLESS = 2 ** 36                   # samples, or bytes of an MP3
 
 
 class Stream(soundfile.SoundFile):
-    """A file that doesn't know its length, and is read from start to end."""
+    """A file that is read from start to end, whatever length its header says."""
 
     def seekable(self) -> bool:
         return False
 
-    def read_all(self) -> np.ndarray:
-        parts = [self.read(2 ** 16, "float32", always_2d=True)]
-        while len(parts[-1]):
-            parts.append(self.read(2 ** 16, "float32", always_2d=True))
-        return np.concatenate(parts)
 
-
-class Endless(io.BytesIO):
-    """An MP3 that seems to go on forever: libsndfile stops where it expects the end."""
+class EndlessMP3(io.BytesIO):
+    """An MP3 that seems to have no end: libsndfile stops reading where it expects one."""
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        endless = offset == 0 and whence == os.SEEK_END
-        return super().seek(2 ** 41) if endless else super().seek(offset, whence)
+        end = offset == 0 and whence == os.SEEK_END
+        return super().seek(ENDLESS) if end else super().seek(offset, whence)
+
+
+def copy_of(stream: Stream) -> soundfile.SoundFile:
+    """All that a stream holds, as a file in memory that knows its length."""
+    blocks = [stream.read(2 ** 16, "float32", always_2d=True)]
+    while len(blocks[-1]):
+        blocks.append(stream.read(2 ** 16, "float32", always_2d=True))
+    copy = io.BytesIO()
+    soundfile.write(copy, np.concatenate(blocks), stream.samplerate, "FLOAT", format="W64")
+    copy.seek(0)
+    return soundfile.SoundFile(copy)
 
 
 def open_audio(path: str | Path) -> soundfile.SoundFile:
-    """The file; where its header has a wrong length, a stream, or a copy in memory put right."""
+    """The file, or where its header has a wrong length, a copy in memory with the right one."""
     name = os.fsencode(path) if os.name == "posix" else path
     file = soundfile.SoundFile(name)
-    if file.frames > UNKNOWN:
-        return Stream(name)
-    if file.format != "MP3" and (file.frames or file.format not in ("WAV", "WAVEX", "RF64")):
-        return file
-    with open(path, "rb") as f:                     # copied page by page, where it is changed
-        raw = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    if file.frames > ENDLESS:
+        return copy_of(Stream(name))
     if file.format == "MP3":
+        raw = Path(path).read_bytes()
         tag = XING.search(raw)
-        if tag and int.from_bytes(tag[2], "big") > 0.99 * (len(raw) - tag.start()) - 4096:
-            return file
-        if tag:                                     # of the first of several, put together by cat
-            raw[tag.start(1):tag.end(1)] = (2 ** 30).to_bytes(4, "big")
-        return Stream(Endless(raw[:]))
-    gap = NO_SIZE.search(raw)
-    if gap is None:
-        return file
-    at, width = (raw.find(b"ds64") + 16, 8) if file.format == "RF64" else (gap.end() - 4, 4)
-    size = min(len(raw) - gap.end(), 256 ** width - 1)      # all that follows is sound
-    raw[at:at + width] = size.to_bytes(width, "little")
-    return soundfile.SoundFile(raw)
+        counted = int.from_bytes(tag[2], "big") if tag else 0
+        if counted + 4096 < len(raw):               # not all: several in one, or no tag at all
+            return copy_of(Stream(EndlessMP3(XING.sub(rb"\1@\0\0\0\2", raw, 1))))
+    return file
 
 
 def decode(path: str | Path, start: int, seconds: float) -> tuple[np.ndarray, int, int]:
@@ -78,16 +70,10 @@ def decode(path: str | Path, start: int, seconds: float) -> tuple[np.ndarray, in
     try:
         with open_audio(path) as file:
             rate = file.samplerate
-            first = start * rate
-            wanted = math.ceil(min(seconds * rate, UNKNOWN))
-            if file.seekable():
-                total = file.frames
-                file.seek(min(first, total))
-                samples = file.read(wanted, "float32", always_2d=True)
-            else:
-                samples = file.read_all()
-                total = len(samples)
-                samples = samples[first:first + wanted]
+            first = min(start * rate, file.frames)
+            wanted = math.ceil(min(seconds * rate, file.frames - first))
+            file.seek(first)
+            samples = file.read(wanted, "float32", always_2d=True)
             log = CUT_SHORT.search(file.extra_info)
     except Exception as e:                          # decoders raise all kinds; one line is enough
         reason = " ".join(str(getattr(e, "error_string", e)).split()) or type(e).__name__
@@ -96,11 +82,9 @@ def decode(path: str | Path, start: int, seconds: float) -> tuple[np.ndarray, in
             hint = "a pointer of Git LFS: `git lfs pull` fetches the sounds"
         raise InputError(f"{path}: cannot be read as audio ({reason.rstrip('.')}): {hint}") from e
     promised, held = map(int, log.groups()) if log else (0, 0)
-    if held < promised < WRITTEN_TO_A_PIPE:
-        raise InputError(f"{path}: cut short: holds {held} of {promised} bytes of sound")
-    if len(samples) < min(wanted, total - first):
-        raise InputError(f"{path}: cut short: not all of its {total} samples can be read")
-    return samples, rate, total
+    if held < promised < WRITTEN_TO_A_PIPE or len(samples) < wanted:
+        raise InputError(f"{path}: cut short: its header promises more sound than there is")
+    return samples, rate, file.frames
 
 
 def samples_in(path: str | Path) -> int:

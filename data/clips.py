@@ -12,6 +12,7 @@ from typing import Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.audio import load_audio, samples_in
 from data.rows import doubts, left_out, read_folder, read_manifest
@@ -22,8 +23,8 @@ from runs.processes import rank_and_world
 
 def pieces(length: int, samples: int, most: int) -> list[int]:
     """Where the pieces of a recording begin: up to `most` that don't overlap, evenly spread."""
-    count = min(most, length // samples)
-    return [i * (length - samples) // (count - 1) for i in range(count)] if count > 1 else [0]
+    count = max(1, min(most, length // samples))
+    return [i * (length - samples) // max(1, count - 1) for i in range(count)]
 
 
 def batch_indices(n: int, size: int, step: int, seed: int) -> np.ndarray:
@@ -57,36 +58,35 @@ class Clips:
     A recording of several times the length is cut into up to `windows` clips, all with its caption;
     silence follows a shorter one, or with `loop` the same sound again.
     rows, captions: one for each clip. train, validation, test: numbers of rows. mels (F, 80, T):
-    one for each distinct clip, of which `length` (F,) frames hold sound; row i has the one at
-    file[i]. key: what all this was read from. remarks: what a reader of its figures must know.
+    one for each distinct clip; row i has the one at file[i], which begins at sample start[i] of its
+    recording. key: what all this was read from. remarks: what a reader of figures must know.
     Raises InputError where there are none to train on, or more than a tenth cannot be used.
     """
 
     def __init__(self, source: Path, cache: Path, frames: int, windows: int = 1,
                  loop: bool = False):
         source = source.expanduser()
-        self.cache, self.loop = cache, loop
         folder = source.is_dir()
+        self.cache, self.frames, self.loop = cache, frames, loop
         if folder and source.resolve() in cache.resolve().parents:
             raise InputError(f"{source}: the run's own folder lies in it, {cache.parent}: choose "
                              "another --out")
         rows, problems = read_folder(source) if folder else read_manifest(source)
-        left = left_out(source) if folder else ""
+        besides = left_out(source) if folder else ""
         if not rows:
-            raise InputError("; ".join([f"{source}: holds no usable clips{left}", *problems[:1]]))
+            raise InputError("; ".join([f"{source}: holds no usable clips{besides}", *problems[:1]]))
         total = len(rows) + len(problems)
         paths = sorted({row["audio_path"] for row in rows})
         known = dict(in_threads(content_of, paths, "files"))
-        files, clips = {}, []                   # {name: (path, first sample, samples from there)}
+        clips, files = [], {}
         for row in rows:
             content, length = known[row["audio_path"]]
-            starts = pieces(length, HOP * frames, windows)
-            for start in starts:
+            for start in pieces(length, HOP * frames, windows):
                 name = f"{content}-{start}" if start else content   # the beginning has no number
-                files.setdefault(name, (row["audio_path"], start, length - start))
-                clips.append({**row, "content": name, "start": start, "of": len(starts)})
+                files.setdefault(name, (row["audio_path"], start))
+                clips.append({**row, "content": name, "start": start})
         self.files_key = digest(list(files), frames, loop)
-        self.mels, unreadable = self.mels_of(files, frames, loop)
+        self.mels, unreadable = self.mels_of(files)
         bad = {clip["audio_path"]: unreadable[clip["content"]] for clip in clips
                if clip["content"] in unreadable}
         problems += [f"{row['audio_path']}: {bad[row['audio_path']]}" for row in rows
@@ -96,6 +96,8 @@ class Clips:
         if len(problems) > 0.1 * total:
             raise InputError(f"{source}: {len(problems)} of {total} clips are bad, more than 10%; "
                              f"the first: {problems[0]}")
+        if problems:
+            besides = f"; skipped {len(problems)} of {total} clips{besides}"
 
         self.rows = [clip for clip in clips if clip["audio_path"] not in bad]
         self.captions = [row["caption"] for row in self.rows]
@@ -103,28 +105,27 @@ class Clips:
         contents = [row["content"] for row in self.rows]
         places = {name: i for i, name in enumerate(files)}
         self.file = np.array([places[content] for content in contents])
-        sounding = [frames if loop else -(-samples // HOP) for _, _, samples in files.values()]
-        self.length = np.clip(sounding, 1, frames)
-        splits = np.array([row["split"] for row in self.rows])
-        self.key = digest(contents, self.captions, splits.tolist(), frames, loop)
-        self.train = np.flatnonzero(splits == "train")
-        self.validation = np.flatnonzero(splits == "validation")
-        self.test = np.flatnonzero(splits == "test")
+        splits = [row["split"] for row in self.rows]
+        self.key = digest(contents, self.captions, splits, frames, loop)
+        self.train, self.validation, self.test = (
+            np.flatnonzero(np.array(splits) == split) for split in ("train", "validation", "test"))
         if not len(self.train):
             raise InputError(f"{source}: every row has another split, so nothing is left to "
                              "train on")
         self.remarks = [self.compare()]
-        skipped = f"; skipped {len(problems)} of {total} clips" if problems else ""
-        self.introduce(5 if folder else 0, skipped + left)
+        whole = [row["caption"] for row in self.rows if row["start"] == 0]
+        print(f"clips: {len(self.train)} to train on, {len(self.validation)} validation, "
+              f"{len(self.test)} test, of {len(whole)} sounds; {len(set(whole))} distinct captions, "
+              f"such as {whole[0]!r}{besides}", *self.remarks, *doubts(whole), sep="\n")
 
-    def mels_of(self, files: dict, frames: int, loop: bool) -> tuple[np.ndarray, dict[str, str]]:
-        """Mels (F, 80, frames) of {name: (path, first sample)}, and {name: why there is none}."""
+    def mels_of(self, files: dict) -> tuple[np.ndarray, dict[str, str]]:
+        """Mels (F, 80, T) of {name: (path, first sample)}, and {name: why there is none}."""
         names = list(files)
 
         def mel(i: int) -> np.ndarray | str:
-            path, start, _ = files[names[i]]
+            path, start = files[names[i]]
             try:
-                wav = load_audio(path, HOP * frames, start, loop)
+                wav = load_audio(path, HOP * self.frames, start, self.loop)
             except InputError as e:
                 return str(e).removeprefix(f"{path}: ")
             return mel_spectrogram(wav[None])[0].numpy()
@@ -139,7 +140,7 @@ class Clips:
                         array[i] = made         # no log-mel is 0 to the bit
 
         cache = self.cache / f"mels-{self.files_key}.npy"
-        mels = cached(cache, (len(files), 80, frames), fill)
+        mels = cached(cache, (len(files), 80, self.frames), fill)
         return mels, {names[i]: mel(i) for i in np.flatnonzero(mels[:, -1, -1] == 0)}
 
     def compare(self) -> str:
@@ -154,21 +155,16 @@ class Clips:
             shared.append(f"{len(trained_on)} of its {len(judged)} {kind}")
         return f"Of the test split, {' and '.join(shared)} were trained on."
 
-    def introduce(self, examples: int, besides: str) -> None:
-        """Say what there is, and what a person may want to put right before training on it."""
-        whole = [row for row in self.rows if row["start"] == 0]
-        cut = [row["of"] for row in whole if row["of"] > 1]
-        for row in whole[:examples]:
-            print(f"{row['audio_path']}: {row['caption']}")
-        if cut:
-            besides = f"; {len(cut)} of {len(whole)} sounds are cut into {sum(cut)} clips{besides}"
-        print(f"clips: {len(self.train)} to train on, {len(self.validation)} validation, "
-              f"{len(self.test)} test; {len(set(self.captions))} distinct captions{besides}")
-        print(*self.remarks, *doubts([row["caption"] for row in whole]), sep="\n")
-
     @property
     def has_test(self) -> bool:
         return len(self.test) > 0
+
+    def waveforms(self, rows: np.ndarray) -> Tensor:
+        """Waveforms (N, samples) of rows, at the length of the clips."""
+        samples = HOP * self.frames
+        return torch.stack([
+            load_audio(self.rows[i]["audio_path"], samples, self.start[i], self.loop)
+            for i in rows])
 
     def some(self, n: int, seed: int) -> np.ndarray:
         """Numbers of n rows to train on, in the seed's order; all come before one comes again."""

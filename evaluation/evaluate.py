@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import flashaudio as fa
-from evaluation.judges import load_clips, make_judge
+from evaluation.judges import make_judge
 from evaluation.listen import save_clip, write_page
 from flashaudio import FlashAudio
 from runs.cache import bar, write_atomically
@@ -41,7 +41,7 @@ class Table:
         rows = run.data.held_out(run.flags.eval_clips)
         self.run = run
         self.captions = [run.data.captions[i] for i in rows]
-        self.real = load_clips(run.data, rows)                                  # (N, samples)
+        self.real = run.data.waveforms(rows)                                    # (N, samples)
         self.judge = make_judge(run, rows, self.real)
         self.rows: list[dict] = []
         self.clips: list[tuple[str, str, str]] = []             # as write_page takes them
@@ -68,17 +68,15 @@ class Table:
         self.play(in_parts(through, self.real[:SHOWN]), "vae", "the real clip through the VAE")
         self.add(self.judge(in_parts(through, self.judge.fresh)), model="vae")
 
-    def add_model(self, model: FlashAudio, name: str, label: str, guidance: float,
-                  all_steps: tuple[int, ...]) -> None:
+    def add_model(self, stage: str, guidance: float, all_steps: tuple[int, ...]) -> None:
         """A row for each number of steps; the straightness in each is that of paths in 24 steps."""
+        model = self.run.load(stage)
         longest = self.sample(model, 24, guidance)
         for steps in all_steps:
             wav, _, seconds = longest if steps == 24 else self.sample(model, steps, guidance)
-            how = f"{steps} step{'s' * (steps > 1)}"
-            if guidance != 1:
-                how += f", ω = {guidance:g}"
-            self.play(wav, f"{name}-{steps}-{guidance:g}", f"{label}, {how}")
-            self.add(self.judge(wav), model=name, steps=steps, guidance=guidance,
+            label = f"{NAMES[stage]}, steps: {steps}, ω: {guidance:g}"
+            self.play(wav, f"{stage}-{steps}-{guidance:g}", label)
+            self.add(self.judge(wav), model=stage, steps=steps, guidance=guidance,
                      nfe=steps if guidance == 1 else 2 * steps, straightness=longest[1],
                      rtf=seconds * fa.SAMPLE_RATE / wav.numel())
 
@@ -94,8 +92,7 @@ class Table:
         bend = 0.0
         for i in bar(range(0, len(self.captions), 64), "eval", unit="batch"):
             part = self.captions[i:i + 64]
-            seeds = range(self.run.flags.seed + i, self.run.flags.seed + i + len(part))
-            z0 = torch.cat([model.noise([""], seed, model.latent_shape()) for seed in seeds])
+            z0 = model.noise([""] * len(part), self.run.flags.seed + i, model.latent_shape())
             path = model.sample_latents(part, steps, guidance, z0=z0, return_trajectory=True)
             bend += fa.straightness(path) * len(part)           # of (steps + 1, B, C, L)
             wavs.append(in_parts(self.run.vocoder, model.decode(path[-1])))
@@ -141,7 +138,7 @@ def evaluate(run: Run) -> None:
         table.add_vae(run.load("vae"))
     for stage, guidance, steps in ROWS:
         if run.finished(stage):
-            table.add_model(run.load(stage), stage, NAMES[stage], guidance, steps)
+            table.add_model(stage, guidance, steps)
     remarks = [*run.data.remarks, *table.judge.remarks]
     results = {"rows": table.rows, "config": asdict(run.flags), "seed": run.flags.seed,
                "hardware": hardware(run.device), "seconds": round(time.time() - run.began, 1),
@@ -151,7 +148,7 @@ def evaluate(run: Run) -> None:
         card = CARD.substitute(stage=stage, steps=1 if stage == "distill" else 24,
                                size=run.flags.size, report=report(results))
         write_atomically(run.folder(stage) / "README.md", card.encode())
-    length = run.data.mels.shape[2] * fa.HOP / fa.SAMPLE_RATE                   # seconds
-    page = write_page(run.out / "listen", f"flashaudio: {run.out.name}",
-                      " ".join([*remarks, STORY]), table.clips, length)
+    story = " ".join([*remarks, STORY])
+    page = write_page(run.out / "listen", f"flashaudio: {run.out.name}", story, table.clips,
+                      table.real.shape[1] / fa.SAMPLE_RATE)
     print(f"{report(results)}\n\n{page}: captions to listen to in a browser")

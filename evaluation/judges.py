@@ -2,8 +2,7 @@
 
 A judge is made with the rows that are judged and their real clips (N, samples), and called with
 other waveforms for these rows: it returns the figures that it can tell, of fd, kl, accuracy,
-measured and clap. `real` (N, E) is its embedding of the real clips, to which fd is the distance,
-`fresh` real clips for the VAE, and `floor` the figures of real clips: no model should be better.
+measured and clap. `fresh`: real clips for the VAE. `floor`: the figures of other real clips.
 """
 
 from pathlib import Path
@@ -15,11 +14,10 @@ from torch import Tensor
 
 import flashaudio as fa
 from data import toy
-from data.audio import load_audio
 from data.clips import Clips
 from evaluation import toy_judge
 from evaluation.measures import clap_score, frechet_distance, kl_divergence
-from flashaudio import InputError, hub_model
+from flashaudio import hub_model
 from runs.run import Run
 
 HEARD = 3.0     # decades of magnitude, 60 dB: what lies further below the loudest counts as silence
@@ -35,9 +33,8 @@ class ToyJudge:
     def __init__(self, data: Clips, rows: np.ndarray, wav: Tensor):
         self.scenes = [data.rows[i]["scene"] for i in rows]
         self.classes = torch.tensor([toy.scene_index(scene) for scene in self.scenes])
-        self.judge = toy_judge.train_judge()
-        toy_judge.check_judge(self.judge, wav, self.scenes)     # refuses to judge below its bar
-        self.real, self.real_posterior = self.judge.judge(wav)
+        self.judge = toy_judge.train_judge().requires_grad_(False)
+        self.real, self.real_posterior = self.judge(fa.mel_spectrogram(wav))
         fresh = []
         for i, scene in enumerate(self.scenes):     # splits and judge are made of streams 0 to 3
             fresh.append(toy.synthesise(scene, np.random.default_rng((0, 4, i))))
@@ -45,7 +42,7 @@ class ToyJudge:
         self.floor = self(self.fresh)
 
     def __call__(self, wav: Tensor) -> dict:
-        embedding, posterior = self.judge.judge(wav)
+        embedding, posterior = self.judge(fa.mel_spectrogram(wav))
         details = []
         for clip, scene in zip(wav.numpy(), self.scenes):
             details += toy_judge.measure(clip, scene).values()
@@ -67,20 +64,29 @@ class NearestClip:
 
     def __init__(self, data: Clips, rows: np.ndarray, wav: Tensor):
         self.captions = [data.captions[i] for i in rows]
-        mels = fa.mel_spectrogram(wav)                                          # (N, 80, T)
-        self.fresh = wav
-        self.heard = audible(mels)
         # One recording may stand in several rows, with a caption in each
         self.recordings = torch.unique(wav, dim=0, return_inverse=True)[1].tolist()
         self.described = set(zip(self.recordings, self.captions))
-        spare = other_rows(data, rows)
-        self.alone = len(spare) < 2
-        self.others = rows if self.alone else spare
-        others = torch.from_numpy(data.mels[data.file[self.others]])
-        self.compare_with(self.embed(mels), self.embed(others))
+        self.heard = audible(fa.mel_spectrogram(wav))
+        self.fresh = wav
+        real = self.hear(wav)
+        files, first = np.unique(data.file[data.train], return_index=True)
+        spare = data.train[first[~np.isin(files, data.file[rows])]]     # each of another recording
+        spare = np.random.default_rng(0).permutation(spare)[:len(rows)]
+        others = self.hear(data.waveforms(spare)) if len(spare) > 1 else real
+        # fd is measured along the main axes of others. One axis for four clips at most: of more, a
+        # covariance would be mostly chance
+        count = max(1, min(len(real), len(others)) // 4)
+        self.axes = torch.linalg.svd(others - others.mean(0), full_matrices=False).Vh[:count].T
+        self.real = real @ self.axes
+        self.floor = {"fd": self.distance(others) if len(spare) > 1 else None, "clips": len(others)}
         self.remarks = ["floor: clips to train on; there is none where all are judged."]
         if len(set(self.captions)) == 1:
             self.remarks.append("accuracy is left out: all clips have the same caption.")
+
+    def hear(self, wav: Tensor) -> Tensor:
+        """Waveforms (N, samples) -> what fd compares, (N, E)."""
+        return self.embed(fa.mel_spectrogram(wav))
 
     @staticmethod
     def embed(mels: Tensor) -> Tensor:
@@ -98,53 +104,37 @@ class NearestClip:
         length = mels.shape[1] ** 0.5 * frames.log10()
         return torch.cat([mean + level, variance.sqrt(), length], 1)
 
-    def compare_with(self, real: Tensor, others: Tensor) -> None:
-        """Measure fd from embeddings real (N, E), along the main axes of others (M, E).
-
-        One axis for four clips at most: of more, a covariance would be mostly chance.
-        """
-        count = max(1, min(len(real), len(others)) // 4)
-        self.axes = torch.linalg.svd(others - others.mean(0), full_matrices=False).Vh[:count].T
-        self.real = real @ self.axes
-        self.floor = {"clips": len(others)}
-        if not self.alone:
-            self.floor["fd"] = self.distance(others)
-
     def distance(self, embedding: Tensor) -> float:
         return frechet_distance(embedding @ self.axes, self.real)
 
-    def accuracy(self, mels: Tensor) -> float | None:
+    def accuracy(self, wav: Tensor) -> float | None:
         if len(set(self.captions)) == 1:
             return None
-        nearest = torch.cdist(audible(mels).flatten(1), self.heard.flatten(1)).argmin(1)
+        heard = audible(fa.mel_spectrogram(wav))
+        nearest = torch.cdist(heard.flatten(1), self.heard.flatten(1)).argmin(1)
         pairs = zip([self.recordings[i] for i in nearest], self.captions)
         return float(np.mean([pair in self.described for pair in pairs]))
 
     def __call__(self, wav: Tensor) -> dict:
-        mels = fa.mel_spectrogram(wav)
-        return {"fd": self.distance(self.embed(mels)), "accuracy": self.accuracy(mels)}
+        return {"fd": self.distance(self.hear(wav)), "accuracy": self.accuracy(wav)}
 
 
 class ClapJudge(NearestClip):
     """With a CLAP model of transformers, a folder or hub id. fd: of its embedding of the clips.
     clap: the cosine of that with its embedding of the captions."""
 
-    def __init__(self, data: Clips, rows: np.ndarray, wav: Tensor, source: str,
-                 device: torch.device):
+    def __init__(self, run: Run, rows: np.ndarray, wav: Tensor):
         from transformers import AutoFeatureExtractor, AutoTokenizer, ClapModel
-        super().__init__(data, rows, wav)
+        source = run.flags.judge
         self.name = Path(source).name
-        self.clap = hub_model(ClapModel, source).to(device).eval()
+        self.clap = hub_model(ClapModel, source).to(run.device).requires_grad_(False)
         self.extractor = hub_model(AutoFeatureExtractor, source)
+        super().__init__(run.data, rows, wav)
         tokens = hub_model(AutoTokenizer, source)(self.captions, padding=True, truncation=True,
-                                                  return_tensors="pt").to(device)
-        with torch.no_grad():
-            self.text = self.clap.get_text_features(**tokens).pooler_output.cpu()
-        self.compare_with(self.hear(wav), self.hear(load_clips(data, self.others)))
+                                                  return_tensors="pt").to(run.device)
+        self.text = self.clap.get_text_features(**tokens).pooler_output.cpu()
 
-    @torch.no_grad()
     def hear(self, wav: Tensor) -> Tensor:
-        """Waveforms (N, samples) -> CLAP's embeddings (N, E)."""
         rate = self.extractor.sampling_rate
         embeddings = []
         for part in torchaudio.functional.resample(wav, fa.SAMPLE_RATE, rate).split(16):
@@ -155,30 +145,13 @@ class ClapJudge(NearestClip):
 
     def __call__(self, wav: Tensor) -> dict:
         embedding = self.hear(wav)
-        return {"fd": self.distance(embedding), "clap": clap_score(embedding, self.text),
-                "accuracy": self.accuracy(fa.mel_spectrogram(wav))}
+        return {"fd": self.distance(embedding), "accuracy": self.accuracy(wav),
+                "clap": clap_score(embedding, self.text)}
 
 
 def audible(mels: Tensor) -> Tensor:
     """Log-mels (N, 80, T) less the loudest value of each clip; what is not heard is -HEARD."""
     return (mels - mels.amax((1, 2), keepdim=True)).clamp(min=-HEARD)
-
-
-def load_clips(data: Clips, rows: np.ndarray) -> Tensor:
-    """Waveforms (N, samples) of rows, at the length of the clips."""
-    frames = data.mels.shape[2]
-    wavs = []
-    for i in rows:
-        loop = data.length[data.file[i]] == frames  # then a short sound was repeated
-        wavs.append(load_audio(data.rows[i]["audio_path"], frames * fa.HOP, data.start[i], loop))
-    return torch.stack(wavs)
-
-
-def other_rows(data: Clips, rows: np.ndarray) -> np.ndarray:
-    """As many rows to train on, each of another recording, none of which `rows` hold."""
-    files, first = np.unique(data.file[data.train], return_index=True)
-    spare = data.train[first[~np.isin(files, data.file[rows])]]
-    return np.random.default_rng(0).permutation(spare)[:len(rows)]
 
 
 def is_toy(data: Clips) -> bool:
@@ -190,8 +163,6 @@ def is_toy(data: Clips) -> bool:
 
 def check_judge(source: str, data: Clips) -> None:
     """Ask for what the evaluation will need, before the work and not after it. InputError."""
-    if len(data.held_out(2)) < 2:
-        raise InputError("at least 2 clips are needed to judge by: the data has fewer")
     if source and not is_toy(data):
         from transformers import AutoConfig
         hub_model(AutoConfig, source)
@@ -202,5 +173,9 @@ def make_judge(run: Run, rows: np.ndarray, wav: Tensor) -> ToyJudge | NearestCli
     if is_toy(run.data):
         return ToyJudge(run.data, rows, wav)
     if run.flags.judge:
-        return ClapJudge(run.data, rows, wav, run.flags.judge, run.device)
+        return ClapJudge(run, rows, wav)
     return NearestClip(run.data, rows, wav)
+
+
+def load_clips(data: Clips, rows: np.ndarray) -> Tensor:
+    return data.waveforms(rows)

@@ -8,7 +8,7 @@ train.py, and a row that is a file in <out>/rows was measured: the same command 
 import argparse
 import json
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable
 
@@ -18,9 +18,7 @@ from torch import Tensor
 import flashaudio as fa
 import train
 from evaluation.evaluate import Table, in_parts, markdown
-from experiments.pairings import squared_pairing, train_rf1_over
 from experiments.tables import claims_of, kept_row, table_of, write_rows
-from flashaudio import FlashAudio, InputError
 from runs.cache import bar, digest
 from runs.run import WHERE, Run, name_of, one_line_errors
 
@@ -58,8 +56,6 @@ def plan() -> list[Row]:
              Row("Pairing", "over 16", "rf1"),
              Row("Pairing", "over 64", "rf1", rf1={"over": 64}),
              Row("Pairing", "over 256", "rf1", rf1={"over": 256}),
-             Row("Pairing", "over 256, squared", "rf1",
-                 rf1={"over": 256, "pairing": squared_pairing}),
              Row("Table 2", "2-RF full", "rf2"),
              Row("Table 2", "2-RF uniform t", "rf2", rf2=uniform),
              Row("Table 6", "2-RF a = 4", "rf2"),
@@ -78,10 +74,8 @@ def plan() -> list[Row]:
 
 @dataclass
 class SharedRun(Run):
-    """A run whose stages lie in folders named by what they depend on, with their logs.
-
-    One that train.py has trained in the same way in <out>/<stage> is taken from there.
-    """
+    """A run whose stages lie in folders named by what they depend on, with their logs; <out>/<stage>
+    if train.py has trained it in the same way."""
     names: dict[str, str] = field(default_factory=dict)     # of the folders
 
     def done(self, stage: str, start=None, *functions: Callable) -> bool:
@@ -97,6 +91,24 @@ class SharedRun(Run):
     @property
     def out(self) -> Path:
         return self.folder(list(self.names)[-1])
+
+
+def train_rf1_over(run: Run, model: fa.FlashAudio, over: int) -> fa.FlashAudio:
+    """train.train_rf1, its noise paired over `over` clips, those of several steps, drawn together
+    and handed out step by step."""
+    flags = run.flags
+    wide = replace(run, flags=replace(flags, batch_size=over))
+    pairing, density, loss = fa.immiscible_pairing, fa.logit_normal, fa.rectified_flow_loss
+    if wide.done("rf1", model, pairing, density, loss):     # is known by the wide batch
+        return run.load("rf1")
+    clips = train.Latents(run, model)
+    together = lru_cache(1)(partial(train.get_batch, wide, "rf1", clips, density, pairing))
+
+    def draw(step: int) -> list[Tensor]:
+        group, place = divmod(step * flags.batch_size, over)
+        return [x[place:place + flags.batch_size] for x in together(group)]
+
+    return train.fit(run, "rf1", model, clips.parts, draw, loss, flags.rf1_steps, flags.rf1_lr)
 
 
 def train_row(run: Run, row: Row) -> None:
@@ -128,29 +140,28 @@ def measure(run: SharedRun, table: Table, row: Row) -> dict:
     steps = {"rf2": (1, 4, 24), "distill": (1,)}.get(row.stage, (24,))
     if row.table == "Fig. 2, 3":
         steps = (1, 2, 4, 8, 16, 24)
-    ways = [(n, 1.0, f"{n} steps") for n in steps]
+    ways = {f"{n} steps": (n, 1.0) for n in steps}
     if row.stage == "cfm":
-        ways.append((24, 3.0, "24 steps, ω = 3"))
+        ways["24 steps, ω = 3"] = (24, 3.0)
     if row.table == "Pairing":
-        ways = [(24, omega, f"ω = {omega:g}") for omega in (1.0, 2.0, 3.0, 5.0)]
+        ways = {f"ω = {omega:g}": (24, omega) for omega in (1.0, 2.0, 3.0, 5.0)}
     found = {}
-    for n, omega, name in ways:
-        wav, bend, _ = table.sample(model, n, omega)
+    for name, way in ways.items():
+        wav, bend, _ = table.sample(model, *way)
         found |= figures(table, wav, name)
         if name == "24 steps":
             found["straightness"] = bend
     return found
 
 
-def measure_couplings(run: SharedRun, table: Table, model: FlashAudio) -> dict:
+def measure_couplings(run: SharedRun, table: Table, model: fa.FlashAudio) -> dict:
     """What the 1-RF makes of the held-out captions under guidance: its quality, its distance to the
     unguided path, and the guidance that is left: v - v_c in units of v_c - v_∅, along it."""
-    flags = run.flags
-    n = flags.rf2_coupling_steps
+    flags, n = run.flags, run.flags.rf2_coupling_steps
     context = model.contexts(table.captions)
     null = model.contexts([""]).expand_as(context)
-    noise = torch.randn(len(context), *model.latent_shape(), generator=run.generator("judged"))
-    z0 = noise.to(run.device)
+    shape = (len(context), *model.latent_shape())
+    z0 = torch.randn(shape, generator=run.generator("judged")).to(run.device)
     path = fa.make_couplings(model, z0, context, null, n, flags.rf2_guidance, flags.anchor_steps,
                              flags.anchor_lr, flags.anchor_tol, return_trajectory=True)
     left = 0.0
@@ -192,7 +203,7 @@ def ablate(flags: train.Flags, seeds: int, text: str = "") -> list[dict]:
     out, rows = Path(flags.out), []
     chosen = [row for row in plan() if text in f"{row.table} {row.name}"]
     if not chosen:
-        raise InputError(f"--rows '{text}': no row has that in its name; '2-RF full' is one")
+        raise fa.InputError(f"--rows '{text}': no row has that in its name; '2-RF full' is one")
     for seed in range(seeds):
         with train.open_run(replace(flags, seed=seed, out=str(out / f"seed{seed}"))) as run:
             table = new_table(run)

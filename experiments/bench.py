@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,9 +20,6 @@ import flashaudio as fa
 import train
 from evaluation.evaluate import markdown
 from runs.run import find_device, hardware, one_line_errors
-
-STATE = 20      # bytes for a trained parameter: weight, gradient, average, two moments
-SAVED = 0.5     # of what autograd keeps in float32: most of it is bfloat16 on a GPU
 
 
 def coupling_cost(flags: train.Flags, stage: str) -> int:
@@ -39,41 +36,23 @@ def coupling_cost(flags: train.Flags, stage: str) -> int:
     return (3 + 2 * flags.anchor_steps) * steps - 1
 
 
-def cost(loss: Callable[..., Tensor], *batch) -> tuple[int, int, int]:
-    """Operations of a forward pass, of its backward pass, and bytes kept between the two."""
-    kept = {}
-
-    def keep(x: Tensor) -> Tensor:
-        if not isinstance(x, nn.Parameter):
-            kept[x.untyped_storage()._cdata] = x.untyped_storage().nbytes()
-        return x
-
+def cost(loss: Callable[..., Tensor], *batch) -> tuple[int, int]:
+    """Operations of a forward pass, and of its backward pass."""
     with FlopCounterMode(display=False) as counter:
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-            value = loss(*batch)
+        value = loss(*batch)
         forward = counter.get_total_flops()
         value.backward()
-    return forward, counter.get_total_flops() - forward, sum(kept.values())
-
-
-def count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())
-
-
-def part_of(flags: train.Flags) -> int:
-    """Clips that are computed at once."""
-    return max(1, flags.batch_size // flags.grad_accum)
+    return forward, counter.get_total_flops() - forward
 
 
 def plan(flags: train.Flags) -> list[dict]:
-    """What the stages and the couplings before them take, in their order: parameters trained,
-    operations in a step (of pairs: in a batch), steps, bytes of memory."""
+    """Operations in a step (of couplings: in a batch) and steps, of the stages in their order."""
     config = fa.SIZES[flags.size]
     tokens = config.text.max_length // 4
     if flags.init or flags.text != "bytes":         # stays on the hub: its contexts are enough
         tokens = 154 if flags.init else 77
         config = replace(config, text=fa.TextConfig("none"))
-    part = part_of(flags)
+    part = max(1, flags.batch_size // flags.grad_accum)     # clips that are computed at once
     with torch.device("meta"):
         model = fa.FlashAudio(config)
         z, t = torch.empty(part, *model.latent_shape()), torch.empty(part)
@@ -81,24 +60,18 @@ def plan(flags: train.Flags) -> list[dict]:
         frames = max(1, min(flags.vae_frames, config.frames) // model.stride) * model.stride
         mel, noise = torch.empty(part, 80, frames), z[:, :, :frames // model.stride]
         text = torch.zeros(part, config.text.max_length, dtype=torch.long)
-    flow = with_text = cost(fa.rectified_flow_loss, model, z, z, t, context)
+    alone = with_text = cost(fa.rectified_flow_loss, model, z, z, t, context)
     if model.text is not None:
         with_text = cost(fa.rectified_flow_loss, model, z, z, t, text)
-    whole, vae, dit = count(model), count(model.vae), count(model.dit)
-    stages = {"vae": (vae, cost(fa.vae_loss, model.vae, mel, noise, 1.0)),
-              "cfm": (whole - vae, with_text), "rf1": (whole - vae, with_text),
-              "rf2": (dit, flow), "distill": (dit, flow)}
+    stages = {"vae": cost(fa.vae_loss, model.vae, mel, noise, 1.0), "cfm": with_text,
+              "rf1": with_text, "rf2": alone, "distill": alone}
     rows = []
-    for stage, (trained, (forward, backward, kept)) in stages.items():
+    for stage, (forward, backward) in stages.items():
         if stage in ("rf2", "distill"):
-            rows.append({"stage": f"{stage} pairs", "trained": 0,
-                         "flop": forward * coupling_cost(flags, stage),
-                         "steps": -(-getattr(flags, f"{stage}_couplings") // part),
-                         "bytes": 4 * whole + SAVED * kept})
-        rows.append({"stage": stage, "trained": trained,
-                     "flop": (forward + backward) * flags.batch_size / part,
-                     "steps": getattr(flags, f"{stage}_steps"),
-                     "bytes": STATE * trained + SAVED * kept})
+            rows.append({"stage": f"{stage} pairs", "flop": forward * coupling_cost(flags, stage),
+                         "steps": -(-getattr(flags, f"{stage}_couplings") // part)})
+        rows.append({"stage": stage, "flop": (forward + backward) * flags.batch_size / part,
+                     "steps": getattr(flags, f"{stage}_steps")})
     return rows[2:] if flags.init else rows
 
 
@@ -106,12 +79,10 @@ def print_plan(flags: train.Flags, speed: float) -> None:
     """The plan at `speed` TFLOP/s."""
     rows = []
     for row in plan(flags):
-        rows.append({"stage": row["stage"], "trained, M": row["trained"] / 1e6,
-                     "TFLOP/step": row["flop"] / 1e12, "steps": row["steps"],
-                     "GiB": row["bytes"] / 2 ** 30,
+        rows.append({"stage": row["stage"], "TFLOP/step": row["flop"] / 1e12, "steps": row["steps"],
                      "hours": row["flop"] * row["steps"] / (speed * 1e12) / 3600})
     print_rows(rows)
-    print(f"size {flags.size} at {speed:g} TFLOP/s: {sum(row['hours'] for row in rows):.2f} hours, "
+    print(f"size {flags.size} at {speed:.3g} TFLOP/s: {sum(row['hours'] for row in rows):.2f} hours, "
           "an estimate: nothing was run")
 
 
@@ -145,7 +116,7 @@ def sampling(model: fa.FlashAudio, size: int) -> dict:
 
 def training(flags: train.Flags, model: fa.FlashAudio) -> float:
     """The TFLOP/s that a part of a step of stage cfm reaches."""
-    part, device = part_of(flags), model.device
+    part, device = max(1, flags.batch_size // flags.grad_accum), model.device
     z = torch.randn(part, *model.latent_shape(), device=device)
     t = torch.rand(part, device=device)
     text = model.text.tokenize(["a bell followed by rain"] * part).to(device)

@@ -51,7 +51,7 @@ def by_figure(rows: list[dict]) -> dict:
 def cell(seeds: dict | None) -> str:
     """Mean ± standard error of {seed: value}."""
     values = list((seeds or {}).values())
-    if len(values) < 2:
+    if len(set(values)) < 2:
         return f"{values[0]:.3g}" if values else "-"
     return f"{np.mean(values):.3g} ± {stats.sem(values):.2g}"
 

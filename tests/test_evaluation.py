@@ -2,10 +2,11 @@
 models of random weights, and a vocoder that answers at once."""
 
 import json
+import re
 import shutil
 import time
 from dataclasses import asdict
-from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,6 +104,7 @@ def test_the_table_has_its_rows(evaluated):
     assert rows[3]["straightness"] == pytest.approx(fa.straightness(path), rel=1e-3)
     assert results["config"] == asdict(evaluated.flags) and results["seed"] == 3
     assert 0 < results["seconds"] < 3600 and "torch" in results["hardware"]
+    assert_page_is_whole(evaluated.out / "listen/index.html", clips=7 * 13)
 
 
 @torch.no_grad()
@@ -117,20 +119,6 @@ def test_a_row_is_made_by_its_model_steps_and_guidance(evaluated):
         z0 = model.noise([""], 3 + 3, model.latent_shape())
         z = model.sample_latents(data.captions[row], steps, guidance, z0=z0)
         assert_plays(evaluated.out / f"listen/3-{stage}-{steps}-{guidance}.wav", model, z)
-
-
-@torch.no_grad()
-def test_each_stage_leaves_the_same_two_captions_to_hear(evaluated):
-    data = evaluated.data
-    for stage, steps in (("vae", None), ("cfm", 24), ("distill", 1)):
-        model = evaluated.load(stage)
-        listen.hear(evaluated, stage, model)
-        for i in data.held_out(2):
-            name, = listen.file_names([data.captions[i]]).values()
-            z = model.encode(torch.tensor(data.mels[data.file[[i]]]))
-            if steps:
-                z = model.sample_latents(data.captions[i], steps, seed=0)
-            assert_plays(evaluated.out / stage / f"{name}.wav", model, z)
 
 
 def test_a_fork_has_the_rows_of_its_stages_and_is_told_what_limits_them(evaluated, tmp_path,
@@ -223,23 +211,22 @@ def test_silence_neither_hides_nor_makes_a_difference():
 
 def test_fd_has_a_floor_and_a_quarter_as_many_dimensions_as_there_are_clips(tmp_path):
     lines = ["audio_path,caption,split"]
-    for i, wav in enumerate(hits(20, 0)):
+    for i, wav in enumerate(hits(16, 0)):
         wavfile.write(tmp_path / f"{i}.wav", 16000, (wav.numpy() * 32767).astype(np.int16))
         lines.append(f"{i}.wav,hit {i},{'test' if i < 8 else 'train'}")
     (tmp_path / "rows.csv").write_text("\n".join(lines))
     data = Clips(tmp_path / "rows.csv", tmp_path / "cache", 64)
     rows = data.held_out(8)
-    judge = judges.make_judge(fake_run(tmp_path, data), rows, judges.load_clips(data, rows))
+    judge = judges.make_judge(fake_run(tmp_path, data), rows, data.waveforms(rows))
     assert judge.real.shape == (8, 2)
-    assert len(set(judge.others)) == 8 and set(judge.others) <= set(data.train)
-    floor = judge(judges.load_clips(data, judge.others))["fd"]
+    floor = judge(data.waveforms(data.train))["fd"]
     assert judge.floor == {"fd": pytest.approx(floor, rel=1e-3), "clips": 8} and floor > 0
 
 
 def test_a_clap_judge_scores_the_real_clips_best(tmp_path):
     clap = str(save_text_model("clap", tmp_path / "clap"))
     data = Clips(write_clips(tmp_path / "clips"), tmp_path / "cache", 128)
-    wav = judges.load_clips(data, data.train[:4])
+    wav = data.waveforms(data.train[:4])
     judge = judges.make_judge(fake_run(tmp_path, data, judge=clap), data.train[:4], wav)
     real, noise = judge(wav), judge(0.1 * torch.randn(wav.shape, generator=rng()))
     assert real["fd"] == pytest.approx(0, abs=1e-6) and noise["fd"] > 1e-3
@@ -247,7 +234,7 @@ def test_a_clap_judge_scores_the_real_clips_best(tmp_path):
     assert real["clap"] == pytest.approx(clap_score(judge.hear(wav), judge.text))
 
 
-def test_the_toy_judge_hears_real_clips_and_refuses_to_judge_below_its_bar(tmp_path):
+def test_the_toy_judge_hears_real_clips_and_can_be_trained_anew(tmp_path):
     scenes = [toy.with_details(scene, np.random.default_rng(7)) for scene in toy.SCENES]
     wavs = [toy.synthesise(scene, np.random.default_rng((7, i))) for i, scene in enumerate(scenes)]
     wav = torch.from_numpy(np.stack(wavs))
@@ -255,12 +242,11 @@ def test_the_toy_judge_hears_real_clips_and_refuses_to_judge_below_its_bar(tmp_p
     judge = judges.make_judge(fake_run(tmp_path, data, judge="not/asked"), range(len(wav)), wav)
     assert judge.floor["accuracy"] >= 0.95 and judge.floor["measured"] >= 0.97
     assert judge(wav)["fd"] < 1e-6 < judge.floor["fd"] < judge(wav.flip(1))["fd"]
-    posterior = judge.judge.judge(wav.flip(1))[1]
+    posterior = judge.judge(fa.mel_spectrogram(wav.flip(1)))[1]
     assert judge(wav.flip(1))["kl"] == kl_divergence(judge.real_posterior, posterior)
-    with pytest.raises(InputError, match="below"):
-        toy_judge.check_judge(judge.judge, torch.randn(wav.shape, generator=rng()), scenes)
     learnt = toy_judge.train_judge(tmp_path / "judge.safetensors", steps=60)
-    assert toy_judge.check_judge(learnt, wav, scenes, bar=0.8) >= 0.8       # is .94; by chance .008
+    heard = learnt(fa.mel_spectrogram(wav))[1].argmax(1)
+    assert (heard == judge.classes).float().mean() >= 0.8       # is .94; by chance .008
     again = toy_judge.train_judge(tmp_path / "judge.safetensors", steps=0)
     assert torch.equal(learnt.head.weight, again.head.weight)
     assert not judges.is_toy(some_data(scenes, wav, scene=[*scenes[1:], "moo"]))
@@ -279,27 +265,16 @@ def test_what_the_caption_names_is_measured_and_can_be_wrong(scene, named, found
 
 def assert_page_is_whole(page: Path, clips: int) -> None:
     """Each player and picture has a file to play or show, and a name for who cannot see it."""
-    found = {"audio": [], "img": []}
-    links = []
-
-    class Reader(HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            found.setdefault(tag, []).append(dict(attributes))
-            links.extend(value for name, value in attributes if name in ("src", "href"))
-
-    Reader().feed(page.read_text(encoding="utf-8"))
-    assert len(found["audio"]) == len(found["img"]) == clips
-    for player, picture in zip(found["audio"], found["img"]):
-        _, wav = wavfile.read(page.parent / player["src"])
-        assert "controls" in player and player["aria-label"] and picture["alt"]
-        shape = matplotlib.image.imread(page.parent / picture["src"]).shape
+    text = page.read_text(encoding="utf-8")
+    players = re.findall(r'<audio controls .*src="(.+?)" aria-label=".+?">', text)
+    pictures = re.findall(r'<img src="(.+?)" alt=".+?"', text)
+    assert len(players) == len(pictures) == clips == text.count("<figure>")
+    for player, picture in zip(players, pictures):
+        _, wav = wavfile.read(page.parent / player)
+        shape = matplotlib.image.imread(page.parent / picture).shape
         assert shape == (80, len(wav) // fa.HOP, 4)
-    assert not [link for link in links if "//" in link]     # nothing from elsewhere
-    assert "b" not in found and "script" not in found       # what captions hold is text
-
-
-def test_the_page_is_whole(evaluated):
-    assert_page_is_whole(evaluated.out / "listen/index.html", clips=7 * 13)
+    assert not re.search(r'(src|href)="[^"]*//', text)      # nothing from elsewhere
+    assert "<b>" not in text and "<script" not in text      # what captions hold is text
 
 
 def test_the_page_escapes_what_it_shows_and_a_clip_keeps_its_name_and_peaks(tmp_path):
@@ -321,19 +296,15 @@ def test_file_names_differ_where_case_does_not_count():
     assert 0 < len(listen.file_names(["ü" * 300]).popitem()[1].encode()) <= 60
 
 
-def test_the_loss_picture_counts_a_step_once_and_bears_torn_lines(tmp_path):
+def test_the_loss_picture_has_a_panel_for_each_stage_and_bears_torn_lines(tmp_path):
     log = tmp_path / "metrics.jsonl"
-    log.write_text("")
-    listen.draw_losses(tmp_path)
-    assert not (tmp_path / "loss.png").exists()
     lines = []
-    for stage in ("vae", "cfm"):
-        for step in (10, 20, 20, 30):
-            lines.append(json.dumps({"stage": stage, "step": step, "loss": 1 / step}))
+    for stage, step in product(("vae", "cfm"), (10, 20, 20, 30)):
+        lines.append(json.dumps({"stage": stage, "step": step, "loss": 1 / step}))
     log.write_text("\n".join([*lines, '{"stage": "cfm", "st']))
     listen.draw_losses(tmp_path)
     before = matplotlib.image.imread(tmp_path / "loss.png")
-    log.write_text("\n".join([*lines, '{"stage": "cfm", "step": 20, "held_out": 0.05}']))
+    log.write_text("\n".join([*lines, json.dumps({**json.loads(lines[-1]), "held_out": 0.05})]))
     listen.draw_losses(tmp_path)
     change = np.abs(matplotlib.image.imread(tmp_path / "loss.png") - before).sum((0, 2))
     assert before.shape == (240, 520, 4)

@@ -1,165 +1,217 @@
-"""Ablations, pictures and benches, on stages of two steps and a judge that has learnt nothing."""
+"""Moons, ablations, pictures and the bench, on stages of two steps."""
 
 import csv
 import json
+import re
+import runpy
 import shutil
 from dataclasses import replace
-from itertools import permutations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from scipy import stats
 
 import flashaudio as fa
 import train
 from data import toy
-from experiments import ablate, bench, figures, pairings, tables
+from evaluation.evaluate import markdown
+from experiments import ablate, bench, figures, tables
 from experiments.rivals import __main__ as runner
 from flashaudio import InputError
-from runs.plan import Row
-from tests.helpers import ROOT, TINY, rng
+from pretrained import vocoders
+from tests.helpers import ROOT, TINY
 
 
-def test_knn_takes_the_nearest_of_its_own_noises_and_the_same_ones_again():
-    z0, z1 = torch.randn(2, 16, 3, 5, generator=rng())
-    paired = pairings.knn_pairing(z0, z1)
-    assert torch.equal(paired, pairings.knn_pairing(z0, z1))
-    assert torch.equal(z0, pairings.knn_pairing(z0, z1, k=1))
-    before, after = (z0 - z1).flatten(1).norm(dim=1), (paired - z1).flatten(1).norm(dim=1)
-    kept = (paired == z0).flatten(1).all(1)
-    assert torch.equal(kept, after == before) and (after <= before).all()
-    assert 0 < kept.sum() < 16                          # about a quarter of them
+def test_moons_straighten_and_one_step_becomes_enough(tmp_path, monkeypatch, capsys):
+    """S(Z) falls from stage to stage, and the distance of one step's points to the data."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "docs").mkdir()
+    with torch.random.fork_rng(devices=[]):             # the script sets the global seed
+        runpy.run_module("experiments.moons", run_name="__main__")
+    plt.close("all")
+    lines = re.findall(r"^(\S+) +S\(Z\) (\S+)  one step is off by (\S+)$", capsys.readouterr().out,
+                       re.M)
+    assert [name for name, _, _ in lines] == ["CFM", "1-RF", "2-RF", "distilled"]
+    bend, off = np.array([[float(x) for x in line[1:]] for line in lines]).T
+    assert (np.diff(bend) < 0).all() and bend[2] < 0.1 * bend[0]
+    assert (np.diff(off) < 0).all() and off[3] < 0.3 * off[0]
+    assert (tmp_path / "docs/moons.png").stat().st_size > 10_000
 
 
-def test_cfg_zero_scales_the_null_velocity_onto_the_other():
-    """v_∅ = (2, 0), v_c = (1, 1): s = 1/2, so v = (1, 0) + 3 (0, 1)."""
-    def velocity(z, t, c):
-        null = torch.tensor([2.0, 0.0]).expand_as(z)
-        return torch.where(c[:, 0] > 0, torch.ones_like(z), null.to(z))
+# ---- Tables and verdicts -------------------------------------------------------------------------
 
-    z0, context = torch.zeros(3, 2, dtype=torch.float64), torch.ones(3, 1, 1)
-    given = (velocity, z0, context, 0 * context, 4, 3.0, 1, 1e-2, 1e-5)     # by train.couplings
-    z1 = pairings.cfg_zero_sample(*given)
-    torch.testing.assert_close(z1, torch.tensor([1.0, 3.0]).to(z1).expand(3, 2))
-    path = pairings.cfg_zero_sample(*given, return_trajectory=True)
-    assert path.shape == (5, 3, 2) and torch.equal(path[-1], z1)
+def rows(name: str, *values: float, table: str = "Table 2", figure: str = "fd 24 steps") -> list:
+    """A row for each seed."""
+    return [{"table": table, "name": name, "seed": seed, "figures": {figure: value}}
+            for seed, value in enumerate(values)]
 
 
-def test_a_variant_of_a_density_has_other_values_and_another_name():
-    density = pairings.variant(fa.logit_normal, mean=-0.5)
-    assert torch.equal(density(9, generator=rng()), fa.logit_normal(9, -0.5, generator=rng()))
-    others = (fa.logit_normal, pairings.variant(fa.logit_normal, mean=0.5),
-              pairings.variant(fa.mix_exp, a=1.0))
-    assert len({f.__qualname__ for f in (density, *others)}) == 4
-
-
-def rows(name: str, *values: float) -> list[dict]:
-    """Rows of Table 2, with an fd for each seed."""
-    return [{"table": "Table 2", "name": name, "seed": seed, "figures": {"fd 24 steps": fd}}
-            for seed, fd in enumerate(values)]
-
-
-def test_a_difference_is_seen_only_where_its_interval_excludes_zero(capsys):
+def test_a_difference_is_shown_only_where_it_survives_the_correction():
+    """Differences of -1 ± .1 (seeds), -.1, and -.5 ± .1 against the paper's."""
     found = rows("1-RF full", 1.0, 2.0, 3.0) + rows("1-RF uniform t", 2.0, 3.1, 3.9)
     found += rows("1-RF not from CFM", 1.5, 1.9, 3.2) + rows("1-RF no pairing", 1.5, 2.4, 3.6)
-    claims = tables.judge_claims(found)
-    assert {claim["claim"]: claim["verdict"] for claim in claims} == {
-        "1-RF: logit-normal t": "the opposite",         # the paper: 1.12 with it, 1.08 without
-        "1-RF: from CFM": "not seen", "1-RF: immiscible pairing": "as in the paper"}
-    assert claims[0]["difference"] == pytest.approx(-1.0)
-    assert claims[0]["ours"] == pytest.approx([2, 3])
-    assert claims[0]["interval"] == pytest.approx(stats.t.ppf(0.975, 2) * 0.1 / 3 ** 0.5)
-    few, = tables.judge_claims(rows("1-RF full", 1.0, 2.0) + rows("1-RF uniform t", 5.0, 6.0))
-    assert few["verdict"] == "cannot be judged" and few["interval"] is None
-    verdicts = [tables.verdict_of(gap, 0.1, "") for gap in (-0.2, 0.05, 0.2)]
-    assert verdicts == ["lower", "not seen", "higher"]  # of what the paper doesn't say
-    summary = tables.summary(found)
-    assert summary["Table 2"]["1-RF full"]["fd 24 steps"] == pytest.approx([2, 1 / 3 ** 0.5, 3])
-    tables.print_tables(summary, claims)
-    assert "2 ± 0.58" in capsys.readouterr().out
+    one, two, three = tables.judge_claims(found)
+    assert [claim["claim"] for claim in (one, two, three)] == [
+        "1-RF: logit-normal t", "1-RF: from CFM", "1-RF: immiscible pairing"]
+    student = stats.t(2)
+    for claim, gaps in ((one, [-1, -1.1, -0.9]), (two, [-0.5, 0.1, -0.2]),
+                        (three, [-0.5, -0.4, -0.6])):
+        assert claim["difference"] == pytest.approx(np.mean(gaps))
+        assert claim["interval"] == pytest.approx(student.isf(0.025) * stats.sem(gaps))
+        assert claim["p"] == pytest.approx(stats.ttest_1samp(gaps, 0).pvalue)
+    # Two survive: p = .003 <= .05 / 3 and .013 <= 2 * .05 / 3
+    assert one["verdict"] == "the opposite"             # the paper: 1.12 with it, 1.08 without
+    assert three["verdict"] == "as in the paper"
+    assert two["verdict"] == f"not shown (could have seen d ≥ {two['interval']:.2g})"
+
+
+def test_many_claims_ask_more_of_each():
+    """The same difference, p = .047, is shown alone and not among three that hold nothing."""
+    gaps = np.array([-1.0, -1.4, -0.55])
+    alone = rows("1-RF full", 0.0, 0.0, 0.0) + rows("1-RF uniform t", *-gaps)
+    assert tables.judge_claims(alone)[0]["p"] == pytest.approx(0.057, abs=0.01)
+    gaps *= (1, 0.9, 1.2)
+    alone = rows("1-RF full", 0.0, 0.0, 0.0) + rows("1-RF uniform t", *-gaps)
+    assert 0.02 < tables.judge_claims(alone)[0]["p"] < 0.05
+    assert tables.judge_claims(alone)[0]["verdict"] == "the opposite"
+    others = rows("1-RF not from CFM", 1.0, -1.1, 0.2) + rows("1-RF no pairing", 0.0, 0.0, 0.0)
+    one, two, same = tables.judge_claims(alone + others)
+    half = stats.sem(gaps) * stats.t(2).isf(0.05 / 3 / 2)       # what one of three has to exceed
+    assert one["verdict"] == f"not shown (could have seen d ≥ {half:.2g})"
+    assert same["p"] == 1 and same["verdict"] == "not shown (could have seen d ≥ 0)"
+
+
+def test_two_seeds_tell_of_no_claim_and_claims_have_several_figures():
+    assert tables.judge_claims(rows("1-RF full", 1.0, 2.0) + rows("1-RF uniform t", 5.0, 6.0)) == []
+    found = []
+    for figure in ("fd", "accuracy", "measured", "kl"):
+        for name in ("FlashAudio, distilled, 1, ω = 1", "consistency, 1, ω = 1"):
+            values = (1.0, 2.0, 3.0) if name[0] == "F" else (2.0, 3.1, 3.9)
+            found += rows(name, *values, table="rivals", figure=figure)
+    judged = tables.judge_claims(found)
+    assert [(claim["figure"], claim["paper"], claim["verdict"]) for claim in judged] == [
+        ("fd", "1.49, 2.13", "as in the paper"), ("accuracy", "", "lower"),
+        ("measured", "", "lower"), ("kl", "", "lower")]
+    assert tables.claims_of(found)[1][2:5] == ["2", "3", "-1 ± 0.25"]
 
 
 def test_every_claim_names_rows_that_are_in_the_plan():
     with open(ROOT / "experiments/claims.csv", encoding="utf-8") as f:
         claims = list(csv.DictReader(f))
-    figures = {claim[column] for claim in claims for column in ("figure", "figure of the other")}
-    assert figures == {"straightness", "fd couplings", "fd 1 steps", "fd 4 steps", "fd 24 steps",
-                       "fd 24 steps, ω = 3", "fd ω = 1", "fd ω = 2", "fd ω = 3", "fd ω = 5",
-                       "fd", "accuracy"}
     named = {(row.table, row.name) for row in ablate.plan()}
     assert len(named) == len(ablate.plan())
-    sampled = runner.CHAIN | {name: rival.SAMPLED for name, rival in runner.RIVALS.items()}
-    for name, ways in sampled.items():
-        named |= {("rivals", runner.row_name(name, *way)) for way in ways}
-    found = [{"table": table, "name": name, "seed": 0, "figures": dict.fromkeys(figures, 1.0)}
-             for table, name in named]
-    assert len(tables.judge_claims(found)) == len(claims)
+    labels = {label: sampled for label, sampled in runner.CHAIN.values()}
+    labels |= {rival.label: rival.sampled for rival in runner.RIVALS.values()}
+    for label, sampled in labels.items():
+        named |= {("rivals", runner.row_name(label, *way)) for way in sampled}
+    for claim in claims:
+        assert {(claim["table"], claim["one"]), (claim["table"], claim["other"])} <= named
 
+
+def test_a_table_lies_down_where_it_is_wider_than_long():
+    upright = rows("a", 0.5, 1.5) + rows("b", 2.0) + rows("c", 3.0, 3.0)
+    assert markdown(tables.table_of(upright, "Table 2")).splitlines() == [
+        "| Table 2 | fd 24 steps |", "| ------- | ----------- |",
+        "| a       | 1 ± 0.5     |", "| b       | 2           |", "| c       | 3           |"]
+    wide = rows("a", 1.0) + rows("a", 2.0, figure="kl")
+    assert tables.table_of(wide, "Table 2") == [["Table 2", "a"], ["fd 24 steps", "1"],
+                                                ["kl", "2"]]
+
+
+def test_a_row_is_measured_anew_where_its_code_or_what_it_depends_on_changes(tmp_path, monkeypatch):
+    """The folder of the code is a copy, of which the judge is edited."""
+    root = tmp_path / "code"
+    for name in ("flashaudio.py", "train.py"):
+        root.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, root)
+    shutil.copytree(ROOT / "evaluation", root / "evaluation")
+    monkeypatch.setattr(tables, "ROOT", root)
+    count = iter(range(100))
+
+    def kept(*depends) -> int:
+        row = tables.kept_row(tmp_path / "rows", {"seed": 0}, lambda: {"figures": next(count)},
+                              *depends)
+        return row["figures"]
+
+    assert [kept("a"), kept("a"), kept("b"), kept("a")] == [0, 0, 1, 0]
+    for n, name in enumerate(("flashaudio.py", "train.py", "evaluation/judges.py")):
+        with open(root / name, "a") as f:
+            f.write("# edited\n")
+        assert kept("a") == kept("a") == n + 2
+
+
+@pytest.mark.parametrize("name", ("ablation", "rivals"))
+def test_the_published_tables_are_those_of_their_rows(name):
+    held = json.loads((ROOT / f"docs/{name}.json").read_text())["rows"]
+    page = (ROOT / f"docs/{name}s.md".replace("rivalss", "rivals")).read_text()
+    assert markdown(tables.claims_of(held)) in page
+    every = dict.fromkeys(row["table"] for row in held)
+    shown = [table for table in every if f"| {table} " in page]
+    assert set(shown) >= ({"rivals"} if name == "rivals" else {"Fig. 2, 3", "Pairing", "Couplings"})
+    for table in shown:
+        assert markdown(tables.table_of(runner.best_first(held), table)) in page
+
+
+# ---- Ablations, pictures, bench ------------------------------------------------------------------
 
 @pytest.fixture
 def quick(tmp_path, monkeypatch) -> train.Flags:
-    monkeypatch.setattr(toy, "train_judge", lambda *a, **k: toy.Judge().eval())
-    monkeypatch.setattr(toy, "check_judge", lambda *a: 1.0)
-    for name in ("hear", "draw_losses", "evaluate"):
-        monkeypatch.setattr(train, name, lambda *a: None)
-    data = toy.write_toy_set(tmp_path / "toy", 12, 8)
+    """A recipe of seconds, of a network that is tiny and a vocoder that is none."""
+    text = replace(TINY.text, max_length=64)            # long enough for all captions
+    monkeypatch.setitem(fa.SIZES, "toy", replace(TINY, frames=128, text=text))
+    monkeypatch.setattr(vocoders, "load", lambda *given: lambda mel: mel.mean(1).repeat_interleave(
+        fa.HOP, 1).clamp(-1, 1))
+    data = toy.write_toy_set(tmp_path / "toy", 12, 8, 6)
     return train.Flags(
         data=str(data), out=str(tmp_path / "out"), device="cpu", batch_size=4, vae_steps=2,
         cfm_steps=2, rf1_steps=2, rf2_steps=2, distill_steps=2, rf2_couplings=8,
-        distill_couplings=8, rf2_coupling_steps=2, eval_clips=6)
+        distill_couplings=8, rf2_coupling_steps=2, distill_coupling_steps=2, eval_clips=6)
 
 
-def test_ablations_share_stages_go_on_and_count_what_is_on_disk(quick, monkeypatch):
-    names = ("cfm", "1-RF full", "1-RF uniform t", "1-RF not from CFM", "none", "over 16",
-             "over 64", "2-RF full", "2-RF anchored", "3 iterations", "unguided")
+def test_ablations_share_stages_go_on_and_say_what_is_left_of_guidance(quick, monkeypatch):
+    names = ("cfm", "1-RF full", "1-RF uniform t", "1-RF not from CFM", "none", "over 64",
+             "2-RF full", "2-RF anchored", "0 iterations", "3 iterations", "unguided")
     plan = [row for row in ablate.plan() if row.name in names]
     monkeypatch.setattr(ablate, "plan", lambda: plan)
     out = Path(quick.out)
     with train.open_run(replace(quick, out=str(out / "seed0"))) as run:
-        train.main(run)                                 # of which the ablations take what they can
-    ablate.ablate(quick, 2)
+        train.train_rf1(run, train.train_cfm(run, train.train_vae(run)))    # is taken from there
+    found = ablate.ablate(quick, 2)
     for folder in (out / "seed0", out / "seed1"):
         models = [path.parent.name.split("-")[0] for path in folder.glob("*/model.safetensors")]
         assert [models.count(stage) for stage in ("vae", "cfm", "rf1", "rf2")] == [1, 1, 5, 1]
-    written = json.loads((out / "ablation.json").read_text())
-    found = written["tables"]
-    assert len(written["rows"]) == 22 and found == tables.summary(written["rows"])
-    assert {name: list(table) for name, table in found.items()} == {
-        "Fig. 2, 3": ["cfm"],
-        "Table 2": ["1-RF full", "1-RF uniform t", "1-RF not from CFM", "2-RF full"],
-        "Pairing": ["none", "over 16", "over 64"], "Fig. 4": ["2-RF anchored"],
-        "Couplings": ["3 iterations", "unguided"]}
-    assert {"fd 24 steps", "fd 24 steps, ω = 3", "straightness"} < set(found["Fig. 2, 3"]["cfm"])
-    anchored, unguided = found["Couplings"]["3 iterations"], found["Couplings"]["unguided"]
-    assert set(anchored) == {"fd couplings", "accuracy couplings", "residual", "effective guidance"}
-    assert unguided["residual"][0] == 0 < anchored["residual"][0]
-    assert unguided["effective guidance"][0] == pytest.approx(0, abs=1e-3)
-    two_rf, wide = found["Fig. 4"]["2-RF anchored"], found["Pairing"]["over 64"]
-    assert two_rf == found["Table 2"]["2-RF full"]      # one model
-    assert {"fd ω = 1", "accuracy ω = 5"} < set(wide)
-    assert found["Pairing"]["none"]["distance saved"][0] == 0
-    assert 0 < found["Pairing"]["over 16"]["distance saved"][0] < wide["distance saved"][0]
+    assert json.loads((out / "ablation.json").read_text())["rows"] == found and len(found) == 22
+    held = {(row["name"], row["seed"]): row["figures"] for row in found}
+    assert {"fd 24 steps", "accuracy 24 steps, ω = 3", "straightness"} < set(held["cfm", 0])
+    assert {"fd ω = 1", "accuracy ω = 5"} < set(held["over 64", 0])
+    assert held["2-RF anchored", 0] == {name: held["2-RF full", 0][name]      # one model
+                                        for name in held["2-RF anchored", 0]}
+    assert held["cfm", 0] != held["cfm", 1]
+    plain, anchored, unguided = (held[name, 0] for name in (
+        "0 iterations", "3 iterations", "unguided"))
+    assert plain["guidance left"] == pytest.approx(2, abs=1e-3)     # ω = 3, less one
+    assert unguided["guidance left"] == pytest.approx(0, abs=1e-3)
+    assert unguided["residual"] == 0 < anchored["residual"]
 
     path = next(p for p in (out / "rows").iterdir() if '"1-RF full"' in p.read_text())
     changed = {**json.loads(path.read_text()), "figures": {"fd 24 steps": 3.0}}
     path.write_text(json.dumps(changed))
     monkeypatch.setattr(train, "fit", None)             # nothing is left to train
-    ablate.ablate(replace(quick, save_every=1.0), 2, "1-RF full")
+    assert changed in ablate.ablate(replace(quick, save_every=1.0), 2, "1-RF full")
     with pytest.raises(InputError, match="no row"):
         ablate.ablate(quick, 1, "3-RF")
-    kept = json.loads((out / "ablation.json").read_text())["rows"]
-    assert kept == written["rows"]                      # a few rows are printed alone
-    ablate.ablate(quick, 2)
-    assert changed in json.loads((out / "ablation.json").read_text())["rows"]
+    assert json.loads((out / "ablation.json").read_text())["rows"] == found     # all rows or none
 
 
 def test_noise_is_paired_over_several_steps_at_once(quick, monkeypatch):
     """The steps of a group see its clips once each, with the noise of one assignment."""
     paired, batches = [], []
 
-    def pair(z0, z1):
-        paired.append((fa.immiscible_pairing(z0, z1), z1))
+    def pairing(z0, z1):
+        paired.append((fa.no_pairing(z0, z1).flip(0), z1))
         return paired[-1][0]
 
     def fit(run, stage, model, parts, draw, *rest):
@@ -167,100 +219,97 @@ def test_noise_is_paired_over_several_steps_at_once(quick, monkeypatch):
         return model
 
     monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(fa, "immiscible_pairing", pairing)
     with train.open_run(quick) as run:
-        model = fa.FlashAudio(fa.PRESETS["toy"])
-        pairings.train_rf1_over(run, model, 8, pair)
+        ablate.train_rf1_over(run, train.new_model(run), 8)
     assert [len(z0) for z0, _ in paired] == [8, 8]      # twelve clips: two groups of two steps
     z0, z1 = (torch.cat([batch[i] for batch in batches[:2]]) for i in (0, 1))
     assert torch.equal(z0, paired[0][0]) and torch.equal(z1, paired[0][1])
     assert torch.equal(batches[2][0], paired[1][0][:4])
 
 
-def test_squared_distances_are_paired_by_their_least_sum():
-    z0, z1 = torch.randn(2, 5, 3, 2, generator=rng())
-    cost = torch.cdist(z1.flatten(1), z0.flatten(1)) ** 2
-    least = min(sum(cost[i, j].item() for i, j in enumerate(order))
-                for order in permutations(range(5)))
-    paired = pairings.squared_pairing(z0, z1)
-    assert (paired - z1).pow(2).sum().item() == pytest.approx(least)
-
-
-def test_the_published_tables_are_those_of_their_rows():
-    held = json.loads((ROOT / "docs/ablation.json").read_text())
-    page = (ROOT / "docs/ablations.md").read_text()
-    assert tables.summary(held["rows"]) == held["tables"]
-    assert tables.judge_claims(held["rows"]) == held["claims"]
-    assert tables.markdown(tables.claims_of(held["claims"])) in page
-    shown = [name for name in held["tables"] if f"| {name} " in page]
-    assert {"Fig. 2, 3", "Pairing", "Couplings"} <= set(shown)
-    for name in shown:
-        assert tables.markdown(tables.table_of(name, held["tables"][name])) in page
-
-
-def test_a_table_lies_down_where_it_is_wider_than_long():
-    upright = {"a": {"fd": [1.0, 0.5, 2]}, "b": {"fd": [2.0, None, 1]}}
-    assert tables.markdown(tables.table_of("Table 2", upright)).splitlines() == [
-        "| Table 2 | fd      |", "| ------- | ------- |",
-        "| a       | 1 ± 0.5 |", "| b       | 2       |"]
-    lying = tables.table_of("Fig. 2", {"a": {"fd": [1.0, None, 1], "kl": [2.0, None, 1]}})
-    assert lying == [["Fig. 2", "a"], ["fd", "1"], ["kl", "2"]]
-
-
-def test_pictures_of_a_run_and_of_one_that_was_moved(quick, tmp_path):
+def test_pictures_and_a_page_of_a_run_that_was_moved(quick, tmp_path):
     with train.open_run(quick) as run:
         train.main(run)
     shutil.move(quick.out, tmp_path / "moved")
-    figures.main([str(tmp_path / "moved"), "--out", str(tmp_path / "docs")])
-    names = [path.name for path in sorted((tmp_path / "docs").iterdir())]
-    assert names == ["one_step.png", "trajectories.png"]
+    docs = tmp_path / "docs"
+    figures.main([str(tmp_path / "moved"), "--out", str(docs)])
+    plt.close("all")
+    assert sorted(path.name for path in docs.iterdir()) == [
+        "listen", "loss_by_time.png", "one_step.png", "trajectories.png"]
+    page = (docs / "listen/index.html").read_text()
+    files = set(re.findall(r'src="([^"]+)"', page))
+    assert len(files) == 2 * 3 * 5 and files == {path.name for path in (docs / "listen").iterdir()
+                                                 } - {"index.html"}
+    assert sum(path.stat().st_size for path in (docs / "listen").iterdir()) < 1.5e6
     with pytest.raises(InputError, match="no finished run"):
         figures.main([str(tmp_path / "nowhere")])
 
 
-def test_the_bench_runs_a_recipe_and_says_how_long_all_of_it_takes(monkeypatch, capsys):
-    monkeypatch.setitem(fa.PRESETS, "toy", TINY)
-    monkeypatch.setattr(bench, "milliseconds", lambda f: [f(), 2.0][1])
-    given = train.PRESETS["toy"] | {"batch_size": 4, "rf2_coupling_steps": 2, "cfm_steps": 3600}
-    monkeypatch.setitem(train.PRESETS, "toy", given)
-    bench.main(["--presets", "toy", "--batch", "1,2", "--steps", "30"])
+def test_the_loss_by_time_is_that_of_clips_and_of_fresh_couplings(quick, monkeypatch):
+    seen = {}
+
+    def loss(model, z0, z1, t, context):
+        seen.setdefault(model.config.stage, (z0, z1))
+        return t.mean()
+
+    with train.open_run(quick) as run:
+        model = train.train_rf1(run, train.train_cfm(run, train.train_vae(run)))
+        train.train_rf2(run, model, train.Couplings(run, model, "rf2"))
+        rf1 = run.load("rf1").requires_grad_(False)
+        monkeypatch.setattr(fa, "rectified_flow_loss", loss)
+        with torch.no_grad():
+            found = figures.losses_by_time(run, torch.tensor([0.25, 0.75]))
+    assert found == dict.fromkeys(("cfm", "rf1", "rf2"), [0.25, 0.75])
+    (z0, z1), ours = seen["cfm"], seen["rf2"]
+    assert len(z0) == 6 + 8                             # validation clips, then those of the test
+    assert torch.equal(seen["rf1"][1], z1) and torch.equal(ours[0], z0)
+    context = rf1.contexts([run.data.captions[i] for i in run.data.validation])
+    null = rf1.contexts([""]).expand_as(context)
+    pairs = fa.make_couplings(rf1, z0[:6], context, null, 2, 3.0, 1, 1e-2, 1e-5)
+    torch.testing.assert_close(ours[1][:6], pairs)
+
+
+def test_a_plan_counts_the_products_of_the_backbone(monkeypatch):
+    """2 operations for each weight of a linear layer and each of its inputs, 4 L² d for attention
+    of L frames with each other, 4 L N d with the text."""
+    monkeypatch.setitem(fa.SIZES, "toy", TINY)
+    model = fa.FlashAudio(TINY)
+    found = []
+
+    def note(layer: torch.nn.Linear, given: tuple, made: torch.Tensor) -> None:
+        found.append(2 * given[0].numel() * layer.out_features)
+
+    for layer in model.dit.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(note)
+    z = torch.randn(5, *model.latent_shape())
+    model.dit(z, torch.rand(5), torch.randn(5, 8, 32))
+    forward = sum(found) + 5 * 4 * 32 * (16 * 16 + 16 * 8)
+    flags = train.Flags(batch_size=10, grad_accum=2, rf2_couplings=12, rf2_coupling_steps=4,
+                        anchor_steps=2, distill_steps=7)
+    rows = {row["stage"]: row for row in bench.plan(flags)}
+    assert list(rows) == ["vae", "cfm", "rf1", "rf2 pairs", "rf2", "distill pairs", "distill"]
+    assert rows["rf2 pairs"] == {"stage": "rf2 pairs", "steps": 3,
+                                 "flop": forward * (4 * (1 + 1 + 1 + 2 * 2) - 1)}
+    assert rows["distill"]["steps"] == 7
+    assert rows["distill"]["flop"] == pytest.approx(2 * 3 * forward, rel=0.05)  # z needs no gradient
+    assert [row["stage"] for row in bench.plan(replace(flags, init="maa3.ckpt"))] == [
+        *rows][2:]
+
+
+def test_the_bench_prints_a_plan_at_a_given_speed_or_at_that_of_a_step(monkeypatch, capsys):
+    monkeypatch.setitem(fa.SIZES, "toy", TINY)
+    flops = sum(row["flop"] * row["steps"] for row in bench.plan(train.Flags()))
+    bench.main(["--plan", "0.001", "--size", "toy"])
+    assert f"{flops / 1e9 / 3600:.2f} hours" in capsys.readouterr().out
+    calls = []
+    monkeypatch.setattr(bench, "milliseconds", lambda f: calls.append(f()) or 2.0)
+    bench.main(["--batch", "1,2"])
     printed = capsys.readouterr().out
-    found = json.loads(printed.splitlines()[-1])
-    hours = sum(row["hours"] for row in found["training"])
-    assert f"toy: {hours:.3g} hours for the whole recipe" in printed
-    assert [row["output"] for row in found["differences"]] == [
-        "mel", "encoder", "decoder", "text", "velocity"]
-    for row in found["differences"]:                    # here the device is the CPU
-        assert row["float32"] == 0 and 0 <= row["bf16"] < 0.1
-        assert (row["bf16"] > 1e-4) == (row["output"] != "mel")
-    one, two = found["sampling"]
-    assert (one["batch"], two["batch"], one["whole"]) == (1, 2, 2.0)
-    assert two["RTF"] == pytest.approx(0.002 / (2 * 32 * fa.HOP / fa.SAMPLE_RATE))
-    assert two["to mel"] == pytest.approx(3 * two["RTF"])
-    rows = found["training"]
-    assert [row["stage"] for row in rows] == [
-        "vae", "cfm", "rf1", "pairs", "rf2", "pairs", "distill"]
-    assert rows[1]["hours"] == pytest.approx(rows[1]["ms"] / 1000)
-    assert rows[1]["clips/s"] == pytest.approx(4000 / rows[1]["ms"])
-    assert rows[2]["data %"] == pytest.approx(200 / rows[2]["ms"]) and rows[2]["pairing %"] == 0
-    assert rows[1]["to"] < rows[1]["loss"]              # of the CFM, between steps 10 and 30
-
-
-def test_the_bench_trains_the_first_preset_and_the_1rf_of_the_others(monkeypatch, capsys):
-    for preset in ("base", "small"):
-        monkeypatch.setitem(fa.PRESETS, preset, TINY)
-        monkeypatch.setitem(train.PRESETS, preset, {"batch_size": 4, "rf2_coupling_steps": 2})
-    monkeypatch.setattr(bench, "sampling", lambda *given: {})
-    monkeypatch.setattr(bench, "differences", lambda *given: [])
-    monkeypatch.setattr(bench, "plan", lambda flags: [
-        Row(name, 0, 1e12, 7200, 0) for name in ("vae", "cfm", "rf1", "rf2 pairs", "rf2",
-                                                 "distill pairs", "distill")])
-    bench.main(["--presets", "small,base", "--steps", "12"])
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["training"]
-    assert [row["preset"] for row in rows] == ["small"] * 7 + ["base"]
-    assert rows[-1]["stage"] == "rf1"
-    for row in rows:
-        assert row["hours"] == pytest.approx(2 * row["ms"] / 1000)
-        assert row["TFLOP/s"] == pytest.approx(1000 / row["ms"])
-    for wrong in (["--presets", "huge"], ["--steps", "11"]):
-        with pytest.raises(SystemExit):
-            bench.main(wrong)
+    line = printed.splitlines()[4].split()
+    seconds = 2 * TINY.frames * fa.HOP / fa.SAMPLE_RATE                         # of audio, of two
+    assert line[1:-1:2] == ["2", "2", "2", "2", "2", "2", f"{0.002 / seconds:.3g}"]
+    cfm = next(row for row in bench.plan(train.Flags()) if row["stage"] == "cfm")
+    assert f"at {cfm['flop'] / 0.002 / 1e12:.3g} TFLOP/s" in printed
+    assert len(calls) == 2 * 5 + 1 and calls[4].shape == (1, TINY.frames * fa.HOP)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,11 @@ from torch import Tensor, nn
 import flashaudio as fa
 import train
 from data import toy
-from evaluation import evaluate
-from experiments import tables
+from experiments import bench, tables
 from experiments.rivals import __main__ as runner
-from experiments.rivals import consistency, diffusion, direct, meanflow, shared
-from tests.helpers import ROOT, TINY, rng, tiny_model
-
-TINY_TEXT = replace(TINY.text, max_length=64)       # long enough for all captions
+from experiments.rivals import consistency, diffusion, meanflow, shared
+from tests.helpers import TINY, rng, tiny_model
+from tests.test_experiments import quick                # noqa: F401, a fixture
 
 
 def draws(*shape: int) -> Tensor:
@@ -41,22 +40,21 @@ def best_v(mean: float, std: float) -> fa.Velocity:
     """E[√ᾱ ε - √(1-ᾱ) x | z] for data x ~ N(mean, std²)."""
     def v(z: Tensor, t: Tensor, _: Tensor | None) -> Tensor:
         signal, noise = (shared.column(x, z) for x in diffusion.signal_and_noise(t))
-        rest = z - signal * mean
         scale = signal * noise * (1 - std ** 2) / (signal ** 2 * std ** 2 + noise ** 2)
-        return scale * rest - noise * mean
+        return scale * (z - signal * mean) - noise * mean
 
     return v
 
 
 def test_ddim_is_exact_for_a_point_and_approaches_the_gaussian_map():
-    """For N(m, σ²) the deterministic path takes z0 to m + σ z0."""
+    """For N(m, σ²) the deterministic path takes z0 to m + σ z0, with an error of order 1 / T."""
     z0 = draws(64, 3)
-    point = diffusion.ddim_sample(best_v(2.0, 0.0), z0, None, None, 3)
-    torch.testing.assert_close(point[-1], torch.full_like(z0, 2.0))
-    assert point.shape == (4, 64, 3) and torch.equal(point[0], z0)
+    path = diffusion.ddim_sample(best_v(2.0, 0.0), z0, None, None, 3, return_trajectory=True)
+    torch.testing.assert_close(path[-1], torch.full_like(z0, 2.0), rtol=1e-6, atol=0)
+    assert path.shape == (4, 64, 3) and torch.equal(path[0], z0)
     gaps = []
     for steps in (50, 100, 200):
-        made = diffusion.ddim_sample(best_v(2.0, 0.5), z0, None, None, steps)[-1]
+        made = diffusion.ddim_sample(best_v(2.0, 0.5), z0, None, None, steps)
         gaps.append((made - 2 - 0.5 * z0).abs().max().item())
     assert gaps[2] < 0.03 and gaps[0] / gaps[1] > 1.8 and gaps[1] / gaps[2] > 1.8
 
@@ -69,18 +67,10 @@ def test_the_best_v_has_the_least_loss():
         losses[std] = diffusion.diffusion_loss(best_v(2.0, std), z0, z1, t, None).item()
     assert min(losses, key=losses.get) == 0.5
     point = diffusion.diffusion_loss(best_v(2.0, 0.0), z0, torch.full_like(z0, 2.0), t, None)
-    assert point.item() < 1e-12                             # nothing is left to chance
+    assert point.item() < 1e-12                         # nothing is left to chance
 
 
 # ---- Consistency ---------------------------------------------------------------------------------
-
-def test_at_the_data_end_the_consistency_function_is_the_identity():
-    z, context = draws(4, 20, 16).float(), draws(4, 8, 32).float()
-    network = tiny_model().dit
-    torch.testing.assert_close(
-        shared.estimate(network, z, torch.ones(4), context), z, rtol=0, atol=0)
-    assert not torch.allclose(shared.estimate(network, z, torch.zeros(4), context), z)
-
 
 def test_the_consistency_target_of_a_straight_flow_is_its_end():
     """v = a of the caption; guided, ∅ + ω (c - ∅). The average need not be right where t = 1."""
@@ -90,22 +80,15 @@ def test_the_consistency_target_of_a_straight_flow_is_its_end():
     def guided_already(z: Tensor, t: Tensor, c: Tensor) -> Tensor:
         return (3 * c.mean(1) - 2 * 0.5).expand_as(z)
 
-    def wrong(z: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        return 100 * z
-
     z, context = draws(5, 3), 2 * torch.ones(5, 1, 1, dtype=torch.float64)
+    t = consistency.grid(5000, generator=rng()).double()
+    assert sorted(set((t * 50).round().int().tolist())) == list(range(50))
     t = torch.tensor([0, 0.1, 0.5, 0.9, 0.98], dtype=torch.float64)
     given = (z, t, context, 0.25 * context, 3.0)                        # ∅ = 0.5, so v_cfg = 5
     target = consistency.consistency_target(straight, guided_already, *given)
     torch.testing.assert_close(target, z + 5 * (1 - t[:, None]))
-    last = consistency.consistency_target(straight, wrong, *given)[-1]
-    torch.testing.assert_close(last, z[-1] + 5 / 50)
-
-
-def test_consistency_times_are_the_starts_of_the_teachers_steps():
-    t = consistency.grid(5000, generator=rng())
-    assert sorted(set((t * 50).round().int().tolist())) == list(range(50))
-    assert t.min() == 0 and t.max() == pytest.approx(0.98)
+    last = consistency.consistency_target(straight, lambda z, t, c: 100 * z, *given)[-1]
+    torch.testing.assert_close(last, z[-1] + 5 / 50)    # its end: nothing of the average's
 
 
 def test_several_consistency_steps_go_back_to_their_time_with_new_noise():
@@ -117,26 +100,34 @@ def test_several_consistency_steps_go_back_to_their_time_with_new_noise():
         return (3 - z) / (1 - t[:, None])
 
     z0 = draws(4000, 2)
-    path = consistency.consistency_sample(knows, z0, None, None, 2)
+    path = consistency.consistency_sample(knows, z0, None, None, 2, return_trajectory=True)
     torch.testing.assert_close(path[1:], torch.full((2, 4000, 2), 3.0, dtype=torch.float64))
     z, t = seen[1]
     assert (t == 0.5).all() and torch.equal(seen[0][0], z0)
     noise = (z - 3 * 0.5) / 0.5
-    assert noise.std().item() == pytest.approx(1, abs=0.03)
-    assert abs((noise * z0).mean().item()) < 0.03               # not that which came before
+    assert noise.std().item() == pytest.approx(1, abs=0.03)     # 8,000 draws: .008
+    assert abs((noise * z0).mean().item()) < 0.03       # not that which came before
     alone = consistency.consistency_sample(knows, z0[7:8], None, None, 2)
-    torch.testing.assert_close(seen[3][0], z[7:8])              # the same in any company
-    assert alone.shape == (3, 1, 2)
+    torch.testing.assert_close(seen[3][0], z[7:8])      # the same in any company
+    torch.testing.assert_close(alone, torch.full_like(alone, 3.0))
 
 
-def test_the_average_follows_and_starts_as_a_copy():
-    network, average = nn.Linear(1, 1, bias=False), consistency.Average()
-    nn.init.constant_(network.weight, 1.0)
-    average.follow(network)
-    nn.init.constant_(network.weight, 3.0)
-    average.follow(network)
-    assert average.network.weight.item() == pytest.approx(1 + 0.05 * 2)
-    assert not average.network.weight.requires_grad and network.weight.requires_grad
+def test_the_average_follows_the_student_and_starts_as_a_copy():
+    """The loss of a student that has moved is its distance to what the average would say."""
+    teacher = tiny_model().requires_grad_(False)
+    loss = consistency.Consistency.loss(teacher, 1.0)
+    student = consistency.Consistency.begin(tiny_model(seed=1), 0)
+    z0, z1 = draws(2, 4, 20, 16).float()
+    batch = (z0, z1, torch.full((4,), 0.98), torch.zeros(4, 32, dtype=torch.long))
+    averages = [cell.cell_contents for cell in loss.__closure__]
+    average, = (x for x in averages if isinstance(x, nn.Module) and x is not teacher)
+    weight = student.dit.proj_in.weight
+    before = weight.detach().clone()
+    loss(student, *batch)
+    with torch.no_grad():
+        weight += 1
+    loss(student, *batch)
+    torch.testing.assert_close(average.module.proj_in.weight, before + 0.05)
 
 
 # ---- MeanFlow ------------------------------------------------------------------------------------
@@ -146,11 +137,10 @@ def two_times(n: int) -> Tensor:
 
 
 def test_meanflow_times_are_sorted_and_equal_for_half():
-    times = meanflow.sorted_times(20_000, rng())
-    t, s = times.unbind(1)
+    t, s = meanflow.sorted_times(20_000, rng()).unbind(1)
     assert (t[:10_000] == s[:10_000]).all() and (t < s)[10_000:].all()
-    logit = torch.logit(times[10_000:])
-    assert logit.mean().item() == pytest.approx(0.4, abs=0.03)         # the paper's -.4, reversed
+    logit = torch.logit(torch.cat([t[10_000:], s[10_000:]]))
+    assert logit.mean().item() == pytest.approx(0.4, abs=0.03)          # the paper's -.4, reversed
 
 
 def test_the_average_velocity_of_a_linear_flow_is_its_own_target():
@@ -164,25 +154,19 @@ def test_the_average_velocity_of_a_linear_flow_is_its_own_target():
 
     target = meanflow.meanflow_target(u, z, a * z, times, None)
     torch.testing.assert_close(target, u(z, times, None), rtol=0, atol=1e-5)
-    end = meanflow.meanflow_sample(u, z, None, None, 1)[-1]
-    torch.testing.assert_close(end, math.exp(a) * z)
-    torch.testing.assert_close(meanflow.meanflow_sample(u, z, None, None, 4)[-1], end, rtol=1e-5,
-                               atol=0)
-
-
-def network() -> meanflow.MeanFlow:
-    """A small MeanFlow in double precision, all of whose weights count."""
-    model = meanflow.MeanFlow(TINY).double()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        for p in model.dit.parameters():
-            nn.init.normal_(p, std=0.2)
-    return model
+    for steps in (1, 4):
+        made = meanflow.meanflow_sample(u, z, None, None, steps)
+        torch.testing.assert_close(made, math.exp(a) * z, rtol=1e-5, atol=0)
 
 
 @torch.no_grad()
 def test_the_meanflow_target_is_a_finite_difference_along_the_path():
-    u, z, context = network().dit, draws(4, 20, 16), draws(4, 8, 32)
+    model = meanflow.MeanFlow(TINY).double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for p in model.dit.parameters():                # all of them count
+            nn.init.normal_(p, std=0.2)
+    u, z, context = model.dit, draws(4, 20, 16), draws(4, 8, 32)
     v, times, h = 0.3 * z.flip(0), two_times(4) * 0.9, 1e-5
     times[:, 1] += 0.05
     later = u(z + h * v, times + torch.tensor([h, 0.0]), context)
@@ -194,17 +178,14 @@ def test_the_meanflow_target_is_a_finite_difference_along_the_path():
     assert (found - v).abs().max() > 1e-2
 
 
-@torch.no_grad()
 def test_guidance_inside_the_target_ends_at_the_guided_velocity():
     """Where u is v_∅ + ω (v_c - v_∅), the target on average is that again."""
-    def u(z: Tensor, t: Tensor, c: Tensor) -> Tensor:
-        return c
-
     z, t, v_null = draws(4, 3), torch.zeros(4), draws(4, 3)
     v_cond = v_null.flip(0)
     u_cond = v_null + 3 * (v_cond - v_null)
-    torch.testing.assert_close(meanflow.guided(u, z, t, v_cond, u_cond, v_null, 3.0), u_cond)
-    assert torch.equal(meanflow.guided(u, z, t, v_cond, u_cond, v_null, 1.0), v_cond)
+    given = (lambda z, t, c: c, z, t, v_cond, u_cond, v_null)
+    torch.testing.assert_close(meanflow.guided(*given, 3.0), u_cond)
+    assert torch.equal(meanflow.guided(*given, 1.0), v_cond)
 
 
 def test_the_weighted_error_has_the_value_without_and_the_gradient_with_the_weight():
@@ -222,39 +203,38 @@ def test_a_cfm_loads_into_meanflow_and_only_its_fast_times_are_smoothed():
     model = meanflow.MeanFlow.begin(cfm, seed=0)
     ours, theirs = (m.dit.blocks[0].attention.wq.weight for m in (model, cfm))
     assert torch.equal(ours, theirs)
-    torch.rand(3)                                           # the global generator has moved on
+    torch.rand(3)                                       # the global generator has moved on
     again = meanflow.MeanFlow.begin(cfm, seed=0).dit.t_embedder.way[0].weight
     assert torch.equal(again, model.dit.t_embedder.way[0].weight)
     embedder, t = model.dit.t_embedder, 1000 * torch.rand(6, generator=rng())
     whole = torch.stack([t, torch.rand(6, generator=rng()) * 1000], 1)
-    assert torch.equal(embedder(t), embedder(whole))        # the new part starts at 0
-    offsets = torch.linspace(-5, 5, 401) * 1000 * meanflow.SMOOTH
-    weights = torch.exp(-0.5 * torch.linspace(-5, 5, 401) ** 2)
+    assert torch.equal(embedder(t), embedder(whole))    # the new part starts at 0
+    offsets = torch.linspace(-5, 5, 401)
     features = []
     cfm.dit.t_embedder.mlp.register_forward_pre_hook(lambda _, x: features.append(x[0]))
-    for offset in offsets:                                  # the CFM's features, averaged over t
-        cfm.dit.t_embedder(t + offset)
-    averaged = (weights[:, None, None] * torch.stack(features)).sum(0) / weights.sum()
-    del cfm.dit.t_embedder.mlp._forward_pre_hooks
+    for offset in offsets:                              # the CFM's features, averaged over t
+        cfm.dit.t_embedder(t + 1000 * meanflow.SMOOTH * offset)
+    weights = torch.exp(-0.5 * offsets ** 2)[:, None, None]
+    averaged = (weights * torch.stack(features)).sum(0) / weights.sum()
     torch.testing.assert_close(embedder(t), embedder.mlp(averaged), rtol=0, atol=1e-4)
 
 
 # ---- What it costs, and the table ----------------------------------------------------------------
 
 FLAGS = train.Flags(batch_size=10, cfm_steps=7, rf1_steps=5, rf2_steps=3, distill_steps=2,
-                    rf2_couplings=11, rf2_coupling_steps=4, rf2_guidance=3.0, rf2_anchor_steps=2,
+                    rf2_couplings=11, rf2_coupling_steps=4, rf2_guidance=3.0, anchor_steps=2,
                     distill_couplings=13, distill_coupling_steps=6, distill_guidance=1.0)
 
 
 def test_compute_is_what_a_count_by_hand_says():
+    assert shared.chain_cost(FLAGS, "vae") == 0
     assert shared.chain_cost(FLAGS, "cfm") == 7 * 30
     assert shared.chain_cost(FLAGS, "rf1") == 12 * 30
     # The path, v_c (at z0 the path's), two forwards and backwards, the last forward
     anchored = 11 * (4 * (1 + 1 + 2 * 2 + 1) - 1)
     assert shared.chain_cost(FLAGS, "rf2") == 15 * 30 + anchored
     assert shared.chain_cost(FLAGS) == 17 * 30 + anchored + 13 * 6
-    assert shared.after_cfm(FLAGS) == 10 * 30 + anchored + 13 * 6
-    assert shared.coupling_cost(replace(FLAGS, rf2_anchor_steps=0), "rf2") == 11 * 4 * 2
+    assert bench.coupling_cost(replace(FLAGS, anchor_steps=0), "rf2") == 4 * 2
     assert shared.affordable(FLAGS, 660, 6) == 11 and shared.affordable(FLAGS, 659, 6) == 10
 
 
@@ -269,108 +249,65 @@ def test_an_anchored_step_takes_the_forwards_and_backwards_that_are_counted():
         return v
 
     context = torch.ones(11, 1, 1)
-    fa.make_couplings(velocity, torch.zeros(11, 3), context, 0 * context, 4, 3.0, 2)
+    fa.make_couplings(velocity, torch.zeros(11, 3), context, 0.5 * context, 4, 3.0, 2)
     assert count["backwards"] == 11 * 4 * 2
-    assert sum(count.values()) == shared.coupling_cost(FLAGS, "rf2")
+    assert sum(count.values()) == 11 * bench.coupling_cost(FLAGS, "rf2")
 
 
-@pytest.fixture
-def quick(tmp_path, monkeypatch) -> train.Flags:
-    monkeypatch.setattr(toy, "train_judge", lambda *a, **k: toy.Judge().eval())
-    monkeypatch.setattr(toy, "check_judge", lambda *a: 1.0)
-    monkeypatch.setattr(evaluate, "save_clip", lambda *a: None)
-    monkeypatch.setattr(train, "hear", lambda *a: None)
-    monkeypatch.setattr(train, "draw_losses", lambda *a: None)
-    monkeypatch.setitem(fa.PRESETS, "toy", replace(TINY, frames=128, text=TINY_TEXT))
+def test_a_comparison_trains_within_its_budget_and_goes_on(quick, monkeypatch):  # noqa: F811
     for name, rival in runner.RIVALS.items():
-        sampled = rival.SAMPLED[:2] if name == "meanflow" else ((1, 1.0),)
-        monkeypatch.setattr(rival, "SAMPLED", sampled)
-    data = toy.write_toy_set(tmp_path / "toy", 12, 8)
-    return train.Flags(
-        data=str(data), out=str(tmp_path / "out"), device="cpu", batch_size=4, vae_steps=2,
-        cfm_steps=2, rf1_steps=2, rf2_steps=2, distill_steps=2, rf2_couplings=4,
-        distill_couplings=4, rf2_coupling_steps=2, distill_coupling_steps=2, eval_clips=6)
-
-
-def test_a_comparison_trains_within_its_budget_and_goes_on(quick, monkeypatch, capsys):
+        monkeypatch.setattr(rival, "sampled", rival.sampled[:2 if name == "MeanFlow" else 1])
+    quick = replace(quick, distill_couplings=4)
     taken, fit = {}, train.fit
 
-    def noted(run, stage, model, parts, draw, loss, steps, lr):
+    def noted(run, stage, model, parts, draw, loss, steps, lr, *check):
         taken[stage.partition("-")[0]] = (steps, lr, parts)
-        return fit(run, stage, model, parts, draw, loss, steps, lr)
+        return fit(run, stage, model, parts, draw, loss, steps, lr, *check)
 
     monkeypatch.setattr(train, "fit", noted)
     rows = runner.compare(quick, 2)
-    after = 3 * 2 * 12 + 4 * (2 * 5 - 1) + 4 * 2
-    assert shared.after_cfm(quick) == after
-    assert taken["diffusion"] == ((after + 24) // 12, diffusion.LR, ("text", "dit"))
-    assert taken["consistency"] == (after // 24, consistency.LR, ("dit",))
-    assert taken["meanflow"] == (after // 24, meanflow.LR, ("dit",))
+    after = 3 * 2 * 12 + 8 * (2 * 5 - 1) + 4 * 2
+    assert shared.chain_cost(quick) - 2 * 12 == after
+    assert taken["diffusion"] == ((after + 24) // 12, 7e-4, ("text", "dit"))
+    assert taken["consistency"] == (after // 24, 5e-4, ("dit",))
+    assert taken["meanflow"] == (after // 24, 1.5e-3, ("dit",))
     # That of direct: half as many couplings
-    assert taken["distill"] == ((after - 2 * 2 * 2) // 12, direct.LR, ("dit",))
+    assert taken["distill"] == ((after - 2 * 2 * 2) // 12, 1.5e-3, ("dit",))
     out = Path(quick.out)
-    held = json.loads((out / "rivals.json").read_text())
-    assert held["rows"] == rows and len(rows) == 2 * 11 and held["table"] == tables.summary(rows)
-    runner.print_table(rows)
-    printed = capsys.readouterr().out
-    for line in runner.table_of(rows):
-        assert all(cell in printed for cell in line)
+    assert json.loads((out / "rivals.json").read_text())["rows"] == rows and len(rows) == 2 * 11
+    assert {row["name"] for row in rows} > {"MeanFlow, 2, ω = 1", "CFM, 24, ω = 3"}
+    straight = {row["name"] for row in rows if "straightness" in row["figures"]}
+    assert "CFM distilled, no reflow, 1, ω = 1" in straight and "MeanFlow, 1, ω = 1" not in straight
 
     name = next((out / "rows").iterdir())
-    changed = {**json.loads(name.read_text()), "figures": {"fd": -1.0}}
+    changed = json.loads(name.read_text()) | {"figures": {"fd": -1.0}}
     name.write_text(json.dumps(changed))
-    monkeypatch.setattr(train, "fit", None)                 # nothing is left to train
+    monkeypatch.setattr(train, "fit", None)             # nothing is left to train
     again = runner.compare(quick, 2)
     assert changed in again and len(again) == len(rows)
-    assert sum(a != b for a, b in zip(again, rows)) == 1    # nothing else was measured anew
+    assert sum(a != b for a, b in zip(again, rows)) == 1        # nothing else was measured anew
 
 
 def test_the_best_comes_first_whoever_it_is():
     rows = []
     for name, fd in (("CFM", 3.0), ("MeanFlow", 1.0), ("2-RF", 2.0)):
         for seed in (0, 1):
-            rows.append({"table": "rivals", "name": name, "model": name, "nfe": 1, "omega": 1.0,
-                         "compute": 4.656, "seed": seed, "figures": {"fd": fd + 2 * seed}})
-    lines = runner.table_of(rows)
-    assert [line[0] for line in lines] == ["model", "MeanFlow", "2-RF", "CFM"]
-    assert lines[1] == ["MeanFlow", "1", "1", "2 ± 1", "-", "-", "-", "-", "-", "4.66"]
+            figures = {"fd": fd + 2 * seed, "compute": 4.656}
+            rows.append({"table": "rivals", "name": name, "seed": seed, "figures": figures})
+    lines = tables.table_of(runner.best_first(rows), "rivals")
+    assert lines == [["rivals", "fd", "compute"], ["MeanFlow", "2 ± 1", "4.66"],
+                     ["2-RF", "3 ± 1", "4.66"], ["CFM", "4 ± 1", "4.66"]]
 
 
-def test_settings_are_tuned_on_clips_that_are_not_the_tests(quick, monkeypatch, capsys):
-    monkeypatch.setattr(meanflow, "TRIED", ((1e-3, 2e-3), (3.0,)))
-    quick = replace(quick, eval_clips=10)
+def test_settings_are_tuned_on_validation_clips(quick, monkeypatch, capsys):     # noqa: F811
+    monkeypatch.setattr(meanflow.MeanFlow, "tried", ((1e-3, 2e-3), (3.0,)))
+    judged = []
+    monkeypatch.setattr(runner, "figures", lambda table, model, steps, guidance: judged.append(
+        table.captions) or {"fd": 1.0})
     with train.open_run(quick) as run:
-        known = runner.validation(run).data
-        caption = known.captions[known.test[0]]
-        run.data.captions[run.data.test[0]] = caption
-        judged = runner.validation(run)
-        assert caption not in [judged.data.captions[i] for i in judged.data.test]
-        runner.tune(run, "meanflow", 1.0)
-        tested = {run.data.captions[i] for i in run.data.test}
-        used = judged.data.held_out(10)
-        assert len(used) == 10
-        assert not tested & {judged.data.captions[i] for i in used}
-        scenes = [judged.data.rows[i]["scene"] for i in used]
-        assert not {toy.SCENES[toy.scene_index(scene)] for scene in scenes} & toy.HELD_OUT
-        contents = {row["content"] for row in run.data.rows}
-        assert not contents & {judged.data.rows[i]["content"] for i in used}
+        runner.tune(run, meanflow.MeanFlow, 1.0)
+        validation = sorted(run.data.captions[i] for i in run.data.validation)
+        assert len(run.data.test) == 8                  # is as it was
+    assert len(judged) == 2 and sorted(judged[0]) == validation
     printed = capsys.readouterr().out
-    assert printed.count("fd ") == 2 and "lr 0.002, ω = 3" in printed
-
-
-def test_the_published_table_is_that_of_its_rows():
-    held = json.loads((ROOT / "docs/rivals.json").read_text())
-    page = (ROOT / "docs/rivals.md").read_text()
-    assert tables.summary(held["rows"]) == held["table"]
-    assert tables.judge_claims(held["rows"]) == held["claims"]
-    assert tables.markdown(tables.claims_of(held["claims"])) in page
-    lines = runner.table_of(held["rows"])
-    assert tables.markdown(lines) in page
-    readme = (ROOT / "README.md").read_text()
-    ours = [line for line in lines if line[0] in ("CFM", "2-RF", "FlashAudio, distilled")]
-    assert len(ours) == 6
-    for line in ours:                           # fd, accuracy, straightness
-        assert f"| {line[3]} | {line[5]} | {line[7]} |" in readme
-    fds = [held["table"]["rivals"][name]["fd"][0] for name in held["table"]["rivals"]]
-    shown = [float(line[3].split()[0]) for line in lines[1:]]
-    assert shown == [float(f"{fd:.3g}") for fd in sorted(fds)]
+    assert printed.count("fd 1") == 2 and "lr 0.002, ω = 3, 1 step:" in printed

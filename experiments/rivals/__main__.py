@@ -1,9 +1,8 @@
 """FlashAudio beside the rivals of its abstract, over several seeds:  python -m experiments.rivals
 
-Every seed is a run of train.py in <out>/seed<n>, whose stages are used where they are there, with a
-folder more for each rival. All make the same held-out captions from the same noise. A row that is a
-file in <out>/rows was measured: the same command goes on, and a rival of another learning rate,
-guidance or length is trained anew.
+Every seed is a run of train.py in <out>/seed<n>, with a folder more for each rival. All make the
+same held-out captions from the same noise. What is trained, or measured in <out>/rows, is not done
+again.
 
     python -m experiments.rivals --seeds 5          the table, also in <out>/rivals.json
     python -m experiments.rivals --tune MeanFlow    its settings compared on validation clips
@@ -13,20 +12,20 @@ from copy import copy
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import mean
 
 import torch
 
 import flashaudio as fa
 import train
 from evaluation.evaluate import Table, markdown
-from experiments.ablate import Row, flags_of, new_parser, own_noise, train_row
+from experiments.ablate import NOTE, Row, new_parser, new_table, train_row
 from experiments.rivals.consistency import Consistency
 from experiments.rivals.diffusion import Diffusion
 from experiments.rivals.direct import Direct
 from experiments.rivals.meanflow import MeanFlow
 from experiments.rivals.shared import chain_cost
-from experiments.tables import kept_row, plus_minus, print_claims, summary, write_rows
-from flashaudio import FlashAudio, InputError
+from experiments.tables import by_figure, claims_of, kept_row, table_of, write_rows
 from runs.run import Run, one_line_errors
 
 RIVALS = {rival.__name__: rival for rival in (Diffusion, Consistency, MeanFlow, Direct)}
@@ -36,7 +35,7 @@ FIGURES = ("fd", "kl", "accuracy", "measured", "straightness", "rtf")
 
 
 @torch.no_grad()
-def figures(table: Table, model: FlashAudio, steps: int, guidance: float) -> dict:
+def figures(table: Table, model: fa.FlashAudio, steps: int, guidance: float) -> dict:
     """What a row shows of a model, measured as in the table of train.py."""
     wav, bend, seconds = table.sample(model, steps, guidance)
     found = {**table.judge(wav), "rtf": seconds * fa.SAMPLE_RATE / wav.numel()}
@@ -45,25 +44,24 @@ def figures(table: Table, model: FlashAudio, steps: int, guidance: float) -> dic
     return {figure: found[figure] for figure in FIGURES if figure in found}
 
 
-def measure(run: Run, table: Table, label: str, model: FlashAudio, sampled: tuple,
+def row_name(label: str, steps: int, guidance: float) -> str:
+    return f"{label}, {steps}, ω = {guidance:g}"
+
+
+def measure(run: Run, table: Table, label: str, model: fa.FlashAudio, sampled: tuple,
             cost: int) -> list[dict]:
     """The rows of a model, each sampled with steps and ω; cost: of its training, in forwards."""
     found = []
     for steps, guidance in sampled:
-        row = {"table": "rivals", "name": row_name(label, steps, guidance), "model": label,
-               "nfe": steps if guidance == 1 else 2 * steps, "omega": guidance,
-               "compute": cost / chain_cost(run.flags, "cfm"), "seed": run.flags.seed}
+        row = {"table": "rivals", "name": row_name(label, steps, guidance), "seed": run.flags.seed}
 
         def measured() -> dict:
-            return {"figures": figures(table, model, steps, guidance)}
+            compute = cost / chain_cost(run.flags, "cfm")
+            return {"figures": {**figures(table, model, steps, guidance), "compute": compute}}
 
-        found.append(kept_row(run.out.parent / "rows", row, measured, run.flags.eval_clips,
+        found.append(kept_row(run.out.parent / "rows", row, measured, cost, run.flags.eval_clips,
                               run.flags.vocoder, run.data.key, model))
     return found
-
-
-def row_name(label: str, steps: int, guidance: float) -> str:
-    return f"{label}, {steps}, ω = {guidance:g}"
 
 
 def compare(flags: train.Flags, seeds: int) -> list[dict]:
@@ -71,7 +69,7 @@ def compare(flags: train.Flags, seeds: int) -> list[dict]:
     out, rows = Path(flags.out), []
     for seed in range(seeds):
         with train.open_run(replace(flags, seed=seed, out=str(out / f"seed{seed}"))) as run:
-            table = Table(own_noise(run))
+            table = new_table(run)
             train_row(run, Row("", "", "distill"))
             for stage, (label, sampled) in CHAIN.items():
                 cost = chain_cost(run.flags, stage)
@@ -82,14 +80,18 @@ def compare(flags: train.Flags, seeds: int) -> list[dict]:
     return rows
 
 
+def best_first(rows: list[dict]) -> list[dict]:
+    """By their mean fd."""
+    found = by_figure(rows)
+    return sorted(rows, key=lambda row: mean(found["rivals", row["name"], "fd"].values()))
+
+
 def tune(run: Run, rival: type, share: float) -> None:
     """Print what a rival reaches on validation clips with each of its settings that are tried."""
     data = copy(run.data)
     data.test = data.validation
-    if not len(data.test):
-        raise InputError("rivals are tuned on validation clips, and this set has none")
     judged = replace(run, data=data, flags=replace(run.flags, out=str(run.out / "validation")))
-    table = Table(own_noise(judged))
+    table = new_table(judged)
     train_row(run, Row("", "", "cfm"))
     steps, omega = rival.sampled[0]
     print(f"{rival.label}: {share:g} of its training, {len(table.captions)} validation captions")
@@ -99,19 +101,6 @@ def tune(run: Run, rival: type, share: float) -> None:
         print(f"lr {lr:g}, ω = {guidance:g}, {steps} step{'s' * (steps > 1)}: {', '.join(texts)}")
 
 
-def table_of(rows: list[dict]) -> list[list[str]]:
-    """Rows of one table, best fd first: mean ± standard error over seeds."""
-    means = summary(rows)["rivals"]
-    first = {row["name"]: row for row in reversed(rows)}
-    lines = [["model", "NFE", "ω", *FIGURES, "compute"]]
-    for name in sorted(means, key=lambda name: means[name]["fd"][0]):
-        row, found = first[name], means[name]
-        cells = [plus_minus(*found[f][:2]) if f in found else "-" for f in FIGURES]
-        lines.append([row["model"], str(row["nfe"]), f"{row['omega']:g}", *cells,
-                      f"{row['compute']:.2f}"])
-    return lines
-
-
 def main(argv: list[str] | None = None) -> None:
     parser = new_parser("experiments.rivals", __doc__)
     parser.add_argument("--tune", choices=RIVALS, help="compare settings of this rival instead")
@@ -119,17 +108,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--share", type=float, default=0.25,
                         help="share of the training that a setting gets in --tune [0.25]")
     given = parser.parse_args(argv)
-    flags = flags_of(given)
+    flags = train.parse_flags(["--data", given.data, "--out", given.out])
     if given.tune:
         out = str(Path(given.out) / f"seed{given.seed}")
         with train.open_run(replace(flags, seed=given.seed, out=out)) as run:
             return tune(run, RIVALS[given.tune], given.share)
-    rows = compare(flags, given.seeds)
-    print(markdown(table_of(rows)))
-    print(f"\n{given.seeds} seeds, mean ± standard error. compute: of training, in CFMs. ω: when "
-          "sampling;\nfew-step models have theirs in their weights. rtf: text to waveform, batch "
-          "64. straightness: of 24 steps\n")
-    print_claims(rows)
+    rows = best_first(compare(flags, given.seeds))
+    print(markdown(table_of(rows, "rivals")), markdown(claims_of(rows)), NOTE, sep="\n\n")
+    print("A row: steps, ω when sampling (few-step models have theirs in their weights). compute: "
+          "of training,\nin CFMs. rtf: text to waveform, batch 64. straightness: of 24 steps")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def estimate(network: Velocity, z: Tensor, t: Tensor, context: Tensor) -> Tensor
 @torch.no_grad()
 def consistency_target(teacher: Velocity, average: Velocity, z: Tensor, t: Tensor, context: Tensor,
                        null: Tensor, guidance: float) -> Tensor:
-    """What the average network says of the end after one teacher's step from z (B, ...)."""
+    """What the average network says of the end, after one teacher's step from z (B, ...)."""
     v = fa.guided_velocity(teacher, z, t, context, null, guidance)
     return estimate(average, z + v / TEACHER_STEPS, t + 1 / TEACHER_STEPS, context)
 
@@ -42,7 +42,7 @@ def consistency_target(teacher: Velocity, average: Velocity, z: Tensor, t: Tenso
 def consistency_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | None,
                        steps: int, guidance: float = 1.0, return_trajectory: bool = False
                        ) -> Tensor:
-    """Jump to the end, go back to the next t with new noise, jump again; called as euler_sample is.
+    """Jump to the end, go back to the next t with new noise, jump again; as fa.euler_sample.
 
     Guidance is in the weights. The new noise of a clip depends on its first, not on its batch.
     """
@@ -53,7 +53,7 @@ def consistency_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tenso
         t = z.new_full((len(z),), i / steps)
         if i > 0:
             noise = torch.stack([torch.randn(z.shape[1:], generator=g) for g in generators]).to(z)
-            z = column(1 - t, z) * noise + column(t, z) * z
+            z = torch.lerp(noise, z, i / steps)
         z = estimate(model, z, t, context)
         path.append(z)
     return torch.stack(path) if return_trajectory else z

@@ -1,10 +1,8 @@
 """Latent diffusion, as in AudioLDM, Tango and Make-An-Audio: 25 to 200 steps.
 
-v-prediction (Salimans and Ho 2022) under the cosine schedule (Nichol and Dhariwal 2021), captions
-dropped as in the CFM, DDIM with eta = 0 (Song et al. 2021). Trained from the CFM's first weights
-for as long as all of FlashAudio: CFM, 1-RF, couplings, 2-RF, couplings, distillation.
-
-Time is the project's: t = 0 noise, t = 1 data; the papers' is 1 - t.
+v-prediction (Salimans and Ho 2022), cosine schedule (Nichol and Dhariwal 2021), captions dropped as
+in the CFM, DDIM with eta = 0 (Song et al. 2021), from the CFM's first weights. Time is the
+project's, t = 0 noise, t = 1 data; the papers' is 1 - t.
 """
 
 import math
@@ -24,10 +22,8 @@ def signal_and_noise(t: Tensor) -> tuple[Tensor, Tensor]:
 
     Continuous in t, so the noise at t = 0 is pure: no step is clipped to β = .999.
     """
-    def cosine(s: Tensor) -> Tensor:
-        return torch.cos((s + 0.008) / 1.008 * math.pi / 2)
-
-    signal = (cosine(1 - t) / cosine(torch.zeros_like(t))).clamp(0, 1)
+    angle = (1.008 - t) / 1.008 * math.pi / 2
+    signal = (angle.cos() / math.cos(0.008 / 1.008 * math.pi / 2)).clamp(0, 1)
     return signal, (1 - signal ** 2).sqrt()
 
 
@@ -39,19 +35,19 @@ def diffusion_loss(model: Velocity, z0: Tensor, z1: Tensor, t: Tensor, context: 
 
 def ddim_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | None, steps: int,
                 guidance: float = 1.0, return_trajectory: bool = False) -> Tensor:
-    """DDIM with eta = 0 from z0 (B, ...), called as fa.euler_sample is.
+    """DDIM with eta = 0 from z0 (B, ...); takes and returns what fa.euler_sample does.
 
     Trailing time steps: the first is at pure noise (Lin et al. 2024). Each splits z into estimates
     of data and noise, x and ε, and mixes them again as the next time has it.
     """
-    signal, noise = signal_and_noise(torch.linspace(0, 1, steps + 1))
+    times = torch.linspace(0, 1, steps + 1, device=z0.device)
+    signal, noise = (x.to(z0) for x in signal_and_noise(times))
     z, path = z0, [z0]
     for i in range(steps):
-        t = z.new_full((len(z),), i / steps)
-        v = fa.guided_velocity(model, z, t, context, null, guidance)
-        x = signal[i].item() * z - noise[i].item() * v
-        epsilon = noise[i].item() * z + signal[i].item() * v
-        z = signal[i + 1].item() * x + noise[i + 1].item() * epsilon
+        v = fa.guided_velocity(model, z, times[i].expand(len(z)), context, null, guidance)
+        x = signal[i] * z - noise[i] * v
+        epsilon = noise[i] * z + signal[i] * v
+        z = signal[i + 1] * x + noise[i + 1] * epsilon
         path.append(z)
     return torch.stack(path) if return_trajectory else z
 

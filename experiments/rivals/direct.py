@@ -1,12 +1,11 @@
 """A control: the CFM distilled on its own guided couplings. FlashAudio without 1-RF and reflow."""
 
-from copy import copy
 from dataclasses import replace
 
+import flashaudio as fa
 import train
 from experiments.bench import coupling_cost
 from experiments.rivals.shared import TRAINING, Rival, affordable, chain_cost
-from flashaudio import FlashAudio
 from runs.run import Run
 
 COUPLINGS = 0.5             # of stage distill's number: one of these takes five times as long
@@ -20,20 +19,17 @@ class Direct(Rival):
 
     @classmethod
     def trained(cls, run: Run, lr: float | None = None, guidance: float | None = None,
-                share: float = 1.0) -> FlashAudio:
+                share: float = 1.0) -> fa.FlashAudio:
         """Couplings of the 1-RF's steps without anchoring; what is left of the compute goes into
-        distilling them. A run in a folder of its own."""
-        flags = run.flags
-        number = max(1, round(share * COUPLINGS * flags.distill_couplings))
-        flags = replace(flags, lr=lr or cls.lr, distill_guidance=guidance or cls.guidance,
-                        distill_coupling_steps=flags.rf2_coupling_steps, anchor_steps=0,
-                        distill_couplings=number)
-        compute = share * (chain_cost(run.flags) - chain_cost(run.flags, "cfm"))
-        steps = affordable(flags, compute - number * coupling_cost(flags, "distill"), TRAINING)
+        distilling them, in a folder of its own."""
+        all_flags, number = run.flags, round(share * COUPLINGS * run.flags.distill_couplings)
+        flags = replace(all_flags, lr=lr or cls.lr, distill_guidance=guidance or cls.guidance,
+                        distill_coupling_steps=all_flags.rf2_coupling_steps, anchor_steps=0,
+                        distill_couplings=max(1, number))
+        compute = share * (chain_cost(all_flags) - chain_cost(all_flags, "cfm"))
+        left = compute - flags.distill_couplings * coupling_cost(flags, "distill")
+        steps = affordable(flags, left, TRAINING)
         out = run.out / f"direct-{flags.lr:g}-{flags.distill_guidance:g}-{steps}"
-        own = replace(run, flags=replace(flags, distill_steps=steps, out=str(out)),
-                      data=copy(run.data))
-        own.data.cache = out / "cache"
+        own = replace(run, flags=replace(flags, distill_steps=steps, out=str(out)))
         cfm = run.load("cfm")
-        train.distill(own, cfm, train.Couplings(own, cfm, "distill"))
-        return own.load("distill")
+        return train.distill(own, cfm, train.Couplings(own, cfm, "distill"))

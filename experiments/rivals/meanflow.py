@@ -14,15 +14,14 @@ import flashaudio as fa
 from experiments.rivals.shared import TRAINING, Rival, column, read
 from flashaudio import FlashAudio, Velocity
 
-POWER = 1.0                                         # of the adaptive weight
 SMOOTH = 0.03                                       # in t: see TwoTimes
 
 
 class TwoTimes(fa.TimeEmbedder):
     """Embeds 1000 t (B,), or 1000 (t, s) (B, 2): the CFM's own embedding of t, and of (t, s - t).
 
-    The CFM's has cosines of up to 1000 t, whose ripple hardly shows in v and makes most of ∂_t v.
-    Averaged over a Gaussian in t of std SMOOTH, v changes by 1%, and du/dt is that of the path.
+    The CFM's has cosines of up to 1000 t, whose ripple hardly shows in v and makes most of ∂_t v:
+    they are averaged over a Gaussian in t of std SMOOTH, which changes v by 1%.
     """
 
     def __init__(self, width: int):
@@ -32,7 +31,7 @@ class TwoTimes(fa.TimeEmbedder):
         nn.init.zeros_(self.way[2].weight)
 
     def forward(self, times: Tensor) -> Tensor:
-        t, s = (times if times.dim() == 2 else torch.stack([times, times], 1)).unbind(1)
+        t, s = times.view(len(times), -1).expand(-1, 2).unbind(1)
         rate = 10000 ** (-torch.arange(128, device=t.device) / 128)
         kept = torch.exp(-(1000 * SMOOTH * rate) ** 2 / 2)
         old = t[:, None] * rate
@@ -68,15 +67,15 @@ def meanflow_target(u: Velocity, z: Tensor, v: Tensor, times: Tensor, context: T
 
 
 def weighted(error: Tensor) -> Tensor:
-    """Its gradient: of || error ||² / sg(|| error ||² + 1e-3)^POWER; its value: without weight."""
-    squares = error.pow(2).flatten(1)                                           # (B, elements)
-    loss = (squares.sum(1) * (squares.sum(1).detach() + 1e-3) ** -POWER).mean()
-    return squares.detach().mean() + loss - loss.detach()
+    """|| error ||² / sg(|| error ||² + 1e-3), shown as the error without weight -> scalar."""
+    squares = error.pow(2).flatten(1).sum(1)                                    # (B,)
+    loss = (squares / (squares.detach() + 1e-3)).mean()
+    return error.detach().pow(2).mean() + loss - loss.detach()
 
 
 def meanflow_sample(u: Velocity, z0: Tensor, context: Tensor, null: Tensor | None, steps: int,
                     guidance: float = 1.0, return_trajectory: bool = False) -> Tensor:
-    """z + u(z, t, s) (s - t), called as fa.euler_sample is. Guidance is in the weights."""
+    """z + u(z, t, s) (s - t), as fa.euler_sample. Guidance is in the weights."""
     path = [z0]
     for i in range(steps):
         times = z0.new_tensor([i / steps, (i + 1) / steps]).expand(len(z0), 2)

@@ -1,8 +1,7 @@
 """What the rivals share: how one is trained in a run, and what its training may cost.
 
-Costs are counted in forwards of the backbone for one clip. A training step is three a clip, as a
-backward is two; an Euler step is one, a guided one two. VAE, text encoder and vocoder are the same
-for all and left out.
+Costs are forwards of the backbone for a clip: three for a training step, one for an Euler step, two
+for a guided one. VAE, text encoder and vocoder are the same for all and left out.
 """
 
 from dataclasses import replace
@@ -15,7 +14,6 @@ from torch import Tensor
 import flashaudio as fa
 import train
 from experiments.bench import coupling_cost
-from flashaudio import FlashAudio
 from runs.run import STAGES, Run
 
 TRAINING = 3            # forward and backward
@@ -36,11 +34,11 @@ def affordable(flags: train.Flags, forwards: float, cost: float) -> int:
     return max(1, int(forwards / (cost * flags.batch_size)))
 
 
-class Rival(FlashAudio):
-    """A FlashAudio that is trained in another way and has another sampler.
+class Rival(fa.FlashAudio):
+    """A FlashAudio that is trained in another way, and sampled by another `sampler`.
 
     It starts from the model of a stage, and has the compute that FlashAudio takes from there on.
-    A subclass has loss(start, guidance) -> loss(model, z0, z1, t, text), the start being frozen.
+    loss(start, guidance), the start being frozen, makes its loss(model, z0, z1, t, text).
     """
     label: str                                      # in the table
     start = "cfm"                                   # the stage
@@ -55,7 +53,7 @@ class Rival(FlashAudio):
 
     @classmethod
     def trained(cls, run: Run, lr: float | None = None, guidance: float | None = None,
-                share: float = 1.0) -> FlashAudio:
+                share: float = 1.0) -> fa.FlashAudio:
         """The rival of a run, trained on `share` of its compute unless it is there."""
         lr, guidance = lr or cls.lr, guidance or cls.guidance
         flags = run.flags
@@ -64,27 +62,25 @@ class Rival(FlashAudio):
         stage = f"{cls.__name__.lower()}-{lr:g}-{guidance:g}-{steps}"
         start = run.load(cls.start).requires_grad_(False)
         if not run.done(stage, start, cls, *cls.uses):
-            clips = train.Latents(run, start)
+            clips, model = train.Latents(run, start), cls.begin(start, flags.seed)
             dropout = flags.caption_dropout * cls.drops_captions
             own = replace(run, flags=replace(flags, caption_dropout=dropout))
             draw = partial(train.get_batch, own, stage, clips, cls.density, fa.no_pairing)
-            model = cls.begin(start, flags.seed)
             parts = clips.parts if cls.start == "vae" else ("dit",)     # captions are learnt once
             train.fit(run, stage, model, parts, draw, cls.loss(start, guidance), steps, lr)
         return cls.from_pretrained(run.folder(stage), str(run.device))
 
     @classmethod
-    def begin(cls, model: FlashAudio, seed: int) -> "Rival":
+    def begin(cls, model: fa.FlashAudio, seed: int) -> "Rival":
         """The rival with the weights of a model; what is new in its network comes from the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             rival = cls(model.config)
-        unknown = rival.load_state_dict(model.state_dict(), strict=False).unexpected_keys
-        assert not unknown, unknown
+        rival.load_state_dict(model.state_dict(), strict=False)
         return rival.to(model.device)
 
 
-def read(model: FlashAudio, text: Tensor) -> Tensor:
+def read(model: fa.FlashAudio, text: Tensor) -> Tensor:
     """The texts of a batch, contexts or not yet -> contexts (B, N, D)."""
     return text.float() if text.is_floating_point() else model.text(text)
 
