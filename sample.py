@@ -20,14 +20,13 @@ import torch
 from evaluation.listen import file_names, save_clip, write_page
 from flashaudio import SAMPLE_RATE, TEXT_ENCODERS, FlashAudio, InputError
 from pretrained import make_an_audio, vocoders
-from runs.run import find_device, one_line_errors
+from runs.run import Parser, find_device, one_line_errors
 
 TEXT_ENCODERS["make-an-audio"] = make_an_audio.MakeAnAudioText      # of models made with --init
 
 
 def parse_flags(argv: list[str] | tuple[str, ...] = ()) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("sample.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("sample.py", __doc__)
     add = parser.add_argument
     add("prompts", nargs="*", help="what to hear")
     add("--file", type=Path, help="text file of prompts, one per line")

@@ -38,7 +38,7 @@ from flashaudio import FlashAudio, InputError
 from pretrained import make_an_audio, vocoders
 from runs.cache import bar, blocks, cached, digest, write_atomically
 from runs.processes import average_gradients, barrier, join, rank_and_world
-from runs.run import Run, find_device, lock, name_of, one_line_errors, peak_memory
+from runs.run import Parser, Run, find_device, lock, name_of, one_line_errors, peak_memory
 
 PAIRINGS = {"immiscible": fa.immiscible_pairing, "none": fa.no_pairing}
 
@@ -136,15 +136,13 @@ RECIPES = {"toy": {}, "own": OWN, "small": EVENING, "base": PAPER, "large": PAPE
 
 
 def parse_flags(argv: list[str] | tuple[str, ...] = ()) -> Flags:
-    """The flags given, over the recipe that they mean. Exits with 2 for a flag that is unknown."""
-    parser = argparse.ArgumentParser("train.py", description=__doc__, allow_abbrev=False,
-                                     argument_default=argparse.SUPPRESS,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """The flags given, over the recipe that they mean. Raises InputError for one that is wrong."""
+    parser = Parser("train.py", __doc__)
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?# (.*)$", inspect.getsource(Flags), re.M))
     for f in fields(Flags):
         how = {"action": "store_true"} if f.type == "bool" else {"type": type(f.default)}
-        text = f"{comments[f.name]} [{f.default}]"
-        parser.add_argument(f"--{f.name}", help=text, **how)
+        parser.add_argument(f"--{f.name}", help=f"{comments[f.name]} [{f.default}]",
+                            default=argparse.SUPPRESS, **how)
     given = vars(parser.parse_args(argv))
     size = given.setdefault("size", "base" if "init" in given else "toy")
     recipe = "own" if size == "toy" and given.get("data", "toy") != "toy" else size

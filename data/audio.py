@@ -110,18 +110,16 @@ def load_audio(path: str | Path, samples: int | None = None, start: int = 0,
     seconds = math.inf if samples is None else (start + samples) / SAMPLE_RATE + 0.1
     channels, rate, _ = decode(path, second, seconds)
     if not channels.size:
-        raise InputError(f"{path}: holds no samples")
+        raise InputError(f"{path}: its header says that it holds no samples; if it is long, its "
+                         "recorder was killed: `ffmpeg -i in.wav out.wav` makes another")
     if not np.isfinite(channels).all():
         raise InputError(f"{path}: holds NaN or infinite samples")
     if not 1000 <= rate <= 1_000_000:
         raise InputError(f"{path}: says that it has {rate} samples a second")
-    peaks = np.abs(channels).max(0)
-    mono = channels.mean(1)
-    if np.abs(mono).max() < 0.01 * peaks.max():     # opposite phases that cancel each other out
-        mono = channels[:, peaks.argmax()]
-    mono = mono / max(1, peaks.max())
-    if peaks.max() > 1.5:                           # a little more is usual after MP3 and the like
-        print(f"{path}: samples up to {peaks.max():.3g}, where 1 is full scale: scaled down to 1")
+    peak = np.abs(channels).max()
+    mono = channels.mean(1) / max(1, peak)
+    if peak > 1.5:                                  # a little more is usual after MP3 and the like
+        print(f"{path}: samples up to {peak:.3g}, where 1 is full scale: scaled down to 1")
     if rate != SAMPLE_RATE:
         common = math.gcd(rate, SAMPLE_RATE)
         mono = resample_poly(mono, SAMPLE_RATE // common, rate // common)

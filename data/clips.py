@@ -4,6 +4,7 @@ Each is computed once, kept in the run's cache/ under the name of what it was co
 read through a memory map.
 """
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data.audio import load_audio, samples_in
-from data.rows import doubts, left_out, read_folder, read_manifest
+from data.rows import doubts, read_folder, read_manifest
 from flashaudio import HOP, FlashAudio, InputError, mel_spectrogram
 from runs.cache import bar, blocks, cached, digest, one_thread
 from runs.processes import rank_and_world
@@ -30,9 +31,8 @@ def pieces(length: int, samples: int, most: int) -> list[int]:
 def batch_indices(n: int, size: int, step: int, seed: int) -> np.ndarray:
     """Which of n clips are in this step: each once per epoch, in an order of epoch and seed."""
     epoch, first = divmod(step * size, n)
-    orders = [np.random.default_rng((seed, epoch)).permutation(n)]
-    while n * len(orders) < first + size:
-        orders.append(np.random.default_rng((seed, epoch + len(orders))).permutation(n))
+    epochs = range(epoch, epoch + math.ceil((first + size) / n))
+    orders = [np.random.default_rng((seed, number)).permutation(n) for number in epochs]
     return np.concatenate(orders)[first:first + size]
 
 
@@ -72,10 +72,9 @@ class Clips:
             raise InputError(f"{source}: the run's own folder lies in it, {cache.parent}: choose "
                              "another --out")
         rows, problems = read_folder(source) if folder else read_manifest(source)
-        besides = left_out(source) if folder else ""
-        if not rows:
-            raise InputError("; ".join([f"{source}: holds no usable clips{besides}", *problems[:1]]))
         total = len(rows) + len(problems)
+        if not rows:
+            raise InputError(": ".join([f"{source}: holds no usable clips", *problems[:1]]))
         paths = sorted({row["audio_path"] for row in rows})
         known = dict(in_threads(content_of, paths, "files"))
         clips, files = [], {}
@@ -93,11 +92,11 @@ class Clips:
                      if row["audio_path"] in bad]
         for line in problems[:10]:
             print(f"skipped: {line}")
+        if problems:
+            print(f"skipped: {len(problems)} of {total} clips")
         if len(problems) > 0.1 * total:
             raise InputError(f"{source}: {len(problems)} of {total} clips are bad, more than 10%; "
                              f"the first: {problems[0]}")
-        if problems:
-            besides = f"; skipped {len(problems)} of {total} clips{besides}"
 
         self.rows = [clip for clip in clips if clip["audio_path"] not in bad]
         self.captions = [row["caption"] for row in self.rows]
@@ -105,18 +104,20 @@ class Clips:
         contents = [row["content"] for row in self.rows]
         places = {name: i for i, name in enumerate(files)}
         self.file = np.array([places[content] for content in contents])
-        splits = [row["split"] for row in self.rows]
-        self.key = digest(contents, self.captions, splits, frames, loop)
-        self.train, self.validation, self.test = (
-            np.flatnonzero(np.array(splits) == split) for split in ("train", "validation", "test"))
+        splits = np.array([row["split"] for row in self.rows])
+        self.key = digest(contents, self.captions, splits.tolist(), frames, loop)
+        self.train = np.flatnonzero(splits == "train")
+        self.validation = np.flatnonzero(splits == "validation")
+        self.test = np.flatnonzero(splits == "test")
         if not len(self.train):
             raise InputError(f"{source}: every row has another split, so nothing is left to "
                              "train on")
         self.remarks = [self.compare()]
         whole = [row["caption"] for row in self.rows if row["start"] == 0]
         print(f"clips: {len(self.train)} to train on, {len(self.validation)} validation, "
-              f"{len(self.test)} test, of {len(whole)} sounds; {len(set(whole))} distinct captions, "
-              f"such as {whole[0]!r}{besides}", *self.remarks, *doubts(whole), sep="\n")
+              f"{len(self.test)} test, of {len(paths) - len(bad)} sounds; "
+              f"{len(set(whole))} distinct captions, such as {whole[0]!r}",
+              *self.remarks, *doubts(whole), sep="\n")
 
     def mels_of(self, files: dict) -> tuple[np.ndarray, dict[str, str]]:
         """Mels (F, 80, T) of {name: (path, first sample)}, and {name: why there is none}."""

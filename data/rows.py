@@ -1,7 +1,8 @@
 """What a manifest, or a folder of sounds, says: a row for each clip, a sentence for each bad one.
 
 A manifest is a CSV (or JSON lines) with audio_path (relative to it), caption and, if you like,
-split. Hugging Face's names are known too: file_name, and text or transcription.
+split. A folder may hold tables under the names and with the columns in which data sets are
+published: audiofolder of Hugging Face, AudioCaps, Clotho, ESC-50, FSD50K, UrbanSound8K.
 """
 
 import codecs
@@ -15,14 +16,20 @@ from collections import Counter
 from pathlib import Path
 
 from flashaudio import InputError, clean_text
-from runs.cache import write_atomically
 
 AUDIO = (".wav", ".wave", ".bwf", ".rf64", ".w64", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".mp2",
          ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".voc", ".sph")   # soundfile reads these
 TOLD = (".txt", ".json", ".jsonl", ".csv")          # and these may tell their captions
-PATHS = ("audio_path", "file_name")                 # names of columns
-CAPTIONS = ("caption", "prompt", "text", "transcription")
-MOST_BREAKS = 10                                    # in a caption; more were swallowed by a quote
+PATHS = ("audio_path", "file_name", "filename", "fname", "slice_file_name", "youtube_id")
+CAPTIONS = ("caption", "prompt", "text", "transcription", "caption_1")
+MORE_CAPTIONS = ("caption_2", "caption_3", "caption_4", "caption_5")
+CLASSES = ("category", "class", "labels")
+WORDINGS = ("{}", "the sound of {}", "a recording of {}")       # of the name of a class
+TABLES = re.compile(r"(metadata|train|val|test|dev|eval|clotho_captions_\w+|esc50|UrbanSound8K)"
+                    r"\.(csv|jsonl)")
+FOLDS = {"esc50.csv": {"4": "validation", "5": "test"},         # the others are for training
+         "UrbanSound8K.csv": {"9": "validation", "10": "test"}}
+YOUTUBE = re.compile(r"Y?([\w-]{11})(?![A-Za-z0-9])")           # an id, at the beginning of a name
 WORD = re.compile(r"[^\W\d_]{3}|[^\W\d_\x00-\x7f]")     # three letters, or one that is not Latin
 SPLITS = {  # what people write, in any case, and what it is here
     "": "train", "train": "train", "training": "train",
@@ -42,10 +49,7 @@ def read_text(path: Path) -> str:
 
 
 def text_in(held: object, names: tuple[str, ...] = CAPTIONS) -> str:
-    """The text in a row or in JSON: itself, the first of a list, or that of the first known name.
-
-    "" where there is none.
-    """
+    """The text that JSON or a row holds: itself, the first of a list, or that under a name."""
     if isinstance(held, dict):
         held = next(filter(None, map(held.get, names)), "")
     if isinstance(held, list):
@@ -54,11 +58,10 @@ def text_in(held: object, names: tuple[str, ...] = CAPTIONS) -> str:
 
 
 def read_csv(path: Path) -> list[dict]:
-    """Rows of a CSV, each with its "line", and with the fields that it has too many in "surplus".
+    """Rows of a CSV, each with its "line"; with "surplus" fields, where a caption has commas.
 
-    The header says whether a comma, a semicolon or a tab separates, and names the columns in any
-    case. Commas without quotes are part of a caption that stands last. Raises InputError where the
-    file is no CSV.
+    Any separator will do, and upper case in the names of columns. A caption that stands last may
+    have commas without quotes. Raises InputError where the file is no CSV.
     """
     lines = list(io.StringIO(read_text(path), newline=None)) or [""]
     separator = max(",;\t", key=lines[0].count)
@@ -71,26 +74,17 @@ def read_csv(path: Path) -> list[dict]:
         for fields in reader:
             line = end + 1
             end = reader.line_num
-            odd = "".join(lines[line - 1:end]).count('"') % 2 == 1
-            if end - line > MOST_BREAKS or end > line and odd:
+            if end > line and "".join(lines[line - 1:end]).count('"') % 2:
                 raise csv.Error(f"a quote is left open in line {line}")
             if columns[-1] in CAPTIONS:
                 rest = fields[len(columns) - 1:]
                 fields[len(columns) - 1:] = [separator.join(rest).rstrip(separator)]
             if any(fields):
-                row = dict(zip(columns, fields))
-                rows.append({**row, "line": line, "surplus": "".join(fields[len(columns):])})
+                surplus = any(fields[len(columns):])
+                rows.append({**dict(zip(columns, fields)), "line": line, "surplus": surplus})
     except csv.Error as e:
         raise InputError(f"{path}: not a CSV ({e})") from e
     return rows
-
-
-def write_csv(path: Path, lines: list[tuple]) -> None:
-    """Write a table whose first line names the columns; an interrupted one is not seen."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table = io.StringIO(newline="")
-    csv.writer(table).writerows(lines)
-    write_atomically(path, table.getvalue().encode())
 
 
 def read_json_lines(path: Path) -> list[dict]:
@@ -102,40 +96,63 @@ def read_json_lines(path: Path) -> list[dict]:
         raise InputError(f"{path}: not a JSON object in each line ({e})") from e
 
 
-def find(folder: Path, name: str) -> Path:
-    """The file that a table calls `name`, be it as a Mac or Windows writes it, or with spaces."""
+def find(folder: Path, name: str, sounds: dict[str, Path]) -> Path:
+    """The file that a table calls `name`, be it as a Mac or Windows writes it, or with spaces.
+
+    What does not lie in `folder` is looked for in sounds, which are known by their names alone.
+    """
     bare = os.path.expanduser(name.strip().replace("\\", "/"))
-    forms = [unicodedata.normalize(form, bare) for form in ("NFC", "NFD")]
-    there = [spelling for spelling in (name, bare, *forms) if os.path.exists(folder / spelling)]
-    return folder / (there[0] if there else bare)
+    for spelling in (name, unicodedata.normalize("NFC", bare), unicodedata.normalize("NFD", bare)):
+        if os.path.exists(folder / spelling):
+            return folder / spelling
+    return sounds.get(clean_text(Path(bare).stem), folder / bare)
 
 
-def read_manifest(path: Path) -> tuple[list[dict], list[str]]:
+def captions_in(row: dict, i: int) -> list[str]:
+    """All captions of row i, or one made of its class, of several the first: it is exact."""
+    texts = [text_in(row)]
+    texts += [text_in(row, (name,)) for name in MORE_CAPTIONS]
+    label = text_in(row, CLASSES).partition(",")[0]
+    if label and not any(texts):
+        texts = [WORDINGS[i % 3].format(label.replace("_", " ").lower())]
+    return list(filter(None, map(clean_text, texts)))
+
+
+def read_manifest(path: Path, sounds: dict = {}, other: str = "") -> tuple[list[dict], list[str]]:
     """Rows with audio_path made good, caption and split: "train", "validation" or "test".
 
-    Also a sentence for each line that cannot be used. Raises InputError where there is no such
-    file, it is no CSV, a column is missing, or a split has an unknown name.
+    Also a sentence for each line that cannot be used. `other` is the split where none is named.
+    Raises InputError where there is no such file, it is no table, or a split has an unknown name.
     """
     if not path.is_file():
         raise InputError(f"{path}: no such manifest or folder; --data takes a folder of sounds or "
                          "a CSV with the columns audio_path,caption")
     rows, problems = [], []
-    for row in read_json_lines(path) if path.suffix.lower() == ".jsonl" else read_csv(path):
+    table = read_json_lines(path) if path.suffix.lower() == ".jsonl" else read_csv(path)
+    for i, row in enumerate(table):
         place = f"{path}, line {row['line']}"
         file = text_in(row, PATHS)
-        caption = clean_text(text_in(row))
-        split = str(row.get("split", "")).strip().lower()
+        captions = captions_in(row, i)
+        split = text_in(row, ("split",)).strip().lower() or other
         if row.get("surplus"):
             problems.append(f"{place}: too many fields; a caption with commas needs quotes")
-        elif not file.strip() or not caption:
-            problems.append(f"{place}: no {'caption' if file.strip() else 'audio_path'} in columns "
-                            f"{', '.join(row)[:200]}")
+        elif not file.strip() or not captions:
+            missing = "caption" if file.strip() else "audio_path"
+            problems.append(f"{place}: no {missing}; the first line must name the columns")
         elif split not in SPLITS:
             raise InputError(f"{place}: unknown split {split[:40]!r}; known are "
                              f"{', '.join(filter(None, SPLITS))}")
         else:
-            rows.append({**row, "audio_path": str(find(path.parent, file)), "caption": caption,
-                         "split": SPLITS[split]})
+            audio = find(path.parent, file, sounds)
+            words = text_in(row).split(",")
+            for n in range(1, len(words)):          # commas without quotes may be in the name
+                longer = find(path.parent, ",".join([file, *words[:n]]), {})
+                if os.path.exists(longer) and not os.path.exists(audio):
+                    audio = longer
+                    captions = [clean_text(",".join(words[n:]))]
+            row["audio_path"] = str(audio)
+            row["split"] = FOLDS.get(path.name, {}).get(row.get("fold"), SPLITS[split])
+            rows += [{**row, "caption": caption} for caption in captions]
     return rows, problems
 
 
@@ -144,66 +161,75 @@ def walk(folder: Path) -> list[Path]:
     files, seen = [], set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=print):
         place = os.path.realpath(root)
-        if place in seen:                           # a link led back, or here a second time
-            folders.clear()
-            continue
+        new = place not in seen                     # else a link led back, or here once more
         seen.add(place)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(root, name) for name in names if not name.startswith(".")]
+        folders[:] = sorted(name for name in folders if new and not name.startswith("."))
+        files += [Path(root, name) for name in names if new and not name.startswith(".")]
     return sorted(files)
+
+
+def by_name(files: list[Path]) -> dict[str, Path]:
+    """Sounds by their names without ending, and by the YouTube ids that these begin with."""
+    sounds = {}
+    for file in files:
+        if file.suffix.lower() in AUDIO and file.exists() and file.stat().st_size > 0:
+            name = clean_text(file.stem)
+            sounds[name] = file
+            if youtube := YOUTUBE.match(name):
+                sounds.setdefault(youtube[1], file)
+    return sounds
 
 
 def read_folder(folder: Path) -> tuple[list[dict], list[str]]:
     """A row for every sound below a folder, sorted, and a sentence for each without a caption.
 
-    What lies in a first folder called test, validation ... is that split. A metadata.csv or
-    metadata.jsonl is a manifest; other sounds have their captions beside them or in their names.
+    What lies in a first folder called test, validation ... is that split. Where there are tables,
+    they say what is used, as far as it is there: AudioCaps never is whole. The rest is counted.
     """
     files = walk(folder)
+    tables = [file for file in files if TABLES.fullmatch(file.name)]
+    sounds = by_name(files) if tables else {}
     rows, problems = [], []
-    for table in files:
-        if table.name in ("metadata.csv", "metadata.jsonl"):
-            listed, bad = read_manifest(table)
+    for file in tables or files:
+        split = SPLITS.get(file.relative_to(folder).parts[0].lower(), "train")
+        if tables:
+            split = SPLITS.get(file.stem.split("_")[-1], split)
+            known = {} if file.stem == "metadata" else sounds      # that one has paths, not names
+            listed, bad = read_manifest(file, known, split)
             rows += listed
             problems += bad
-    named = {row["audio_path"] for row in rows}
-    for file in files:
-        if file.suffix.lower() in AUDIO and str(file) not in named:
+        elif file.suffix.lower() in AUDIO:
             try:
-                rows.append({"audio_path": str(file), "caption": caption_beside(file, folder)})
+                caption = caption_beside(file, folder)
+                rows.append({"audio_path": str(file), "caption": caption, "split": split})
             except (ValueError, OSError, RecursionError) as e:
                 problems.append(f"{file}: has no caption ({e})")
-    for row in rows:
-        first = os.path.relpath(row["audio_path"], folder).split(os.sep)[0].lower()
-        row["split"] = SPLITS.get(first) or row.get("split", "train")
-    return sorted(rows, key=lambda row: row["audio_path"]), problems
-
-
-def left_out(folder: Path) -> str:
-    """What lies in a folder and is not read, counted by ending; "" where there is nothing."""
-    endings = Counter(file.suffix.lower() or "without ending" for file in walk(folder))
+    there = [row for row in rows if os.path.exists(row["audio_path"])]
+    endings = Counter(file.suffix.lower() or "without ending" for file in files)
     left = [f"{n} {ending}" for ending, n in endings.most_common() if ending not in AUDIO + TOLD]
-    hint = " (if these are sounds: ffmpeg -i in.m4a out.wav)"
-    return f"; left out: {', '.join(left)}{hint}" if left else ""
+    if len(there) < len(rows):
+        print(f"{folder}: {len(rows) - len(there):,} of {len(rows):,} rows have no sound")
+    if left:
+        print(f"{folder}: left out: {', '.join(left)} (for sounds: ffmpeg -i in.m4a out.wav)")
+    return sorted(there, key=lambda row: row["audio_path"]), problems
 
 
 def caption_beside(file: Path, folder: Path) -> str:
     """The caption in name.txt or name.json, else the words of the file's name or of its folders'.
 
-    Raises ValueError where there are none, or one of a file that is not as it should be.
+    Raises ValueError where there are none.
     """
     text, notes = file.with_suffix(".txt"), file.with_suffix(".json")
+    names = [folder.absolute().name, *file.relative_to(folder).with_suffix("").parts]
+    told = [words_in(name) for name in names if name.lower() not in SPLITS]
+    caption = next(filter(None, reversed(told)), "")
     if text.exists():
-        caption = read_text(text)
+        caption = clean_text(read_text(text))
     elif notes.exists():
-        caption = text_in(json.loads(read_text(notes)))
-    else:
-        names = [folder.absolute().name, *file.relative_to(folder).with_suffix("").parts]
-        told = [words_in(name) for name in names if name.lower() not in SPLITS]
-        caption = next(filter(None, reversed(told)), "")
-    if not clean_text(caption):
+        caption = clean_text(text_in(json.loads(read_text(notes))))
+    if not caption:
         raise ValueError("no words in the file beside it, or in its name")
-    return clean_text(caption)
+    return caption
 
 
 def words_in(name: str) -> str:
@@ -215,12 +241,13 @@ def words_in(name: str) -> str:
 
 
 def doubts(captions: list[str]) -> list[str]:
-    """What is odd about the captions of a set, in lines."""
+    """Warnings for a set in which many captions are the same, or most are no words."""
+    total = len(captions)
     caption, most = Counter(captions).most_common(1)[0]
-    wordless = [caption for caption in captions if not WORD.search(caption)]
+    wordless = sum(not WORD.search(caption) for caption in captions)
     said = []
-    if most > max(1, len(captions) / 5):
-        said.append(f"{most:,} of {len(captions):,} clips are called {caption!r}")
-    if len(wordless) > len(captions) / 2:
-        said.append(f"{len(wordless):,} captions hold no word, as {wordless[0]!r}")
-    return [f"warning: {line}: is there a table of captions?" for line in said]
+    if most > max(1, total / 5):
+        said.append(f"warning: {most:,} of {total:,} clips are called {caption!r}")
+    if wordless > total / 2:
+        said.append(f"warning: {wordless:,} of {total:,} captions hold no word")
+    return [f"{line}: is there a table of captions?" for line in said]

@@ -6,6 +6,7 @@
     "knocks:3>chirp:up"  after the colon, a detail that the caption names
 """
 
+import csv
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from scipy.io import wavfile
 
-from data.rows import write_csv
 from flashaudio import SAMPLE_RATE, InputError
 
 SAMPLES = 32768     # in a clip: 2.048 s or 128 mel frames, enough for two sounds and for a laptop
@@ -224,5 +224,7 @@ def write_toy_set(folder: Path | str, train_clips: int = 2400, test_clips: int =
                                  (3, "validation", validation_clips)):
             rows += workers.map(write_clip, [stream] * n, [split] * n, range(n))
             taken = {text for _, text, of, _ in rows if of == "test"}
-    write_csv(manifest, [("audio_path", "caption", "split", "scene"), *rows])
+    with open(f"{manifest}.tmp", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("audio_path", "caption", "split", "scene"), *rows])
+    os.replace(f"{manifest}.tmp", manifest)
     return manifest

@@ -37,6 +37,7 @@ class Table:
     It begins with the recordings of the held-out captions, and with other real clips.
     """
 
+    @torch.no_grad()
     def __init__(self, run: Run):
         rows = run.data.held_out(run.flags.eval_clips)
         self.run = run
@@ -74,7 +75,8 @@ class Table:
         longest = self.sample(model, 24, guidance)
         for steps in all_steps:
             wav, _, seconds = longest if steps == 24 else self.sample(model, steps, guidance)
-            label = f"{NAMES[stage]}, steps: {steps}, ω: {guidance:g}"
+            count = "1 step" if steps == 1 else f"{steps} steps"
+            label = f"{NAMES[stage]}, {count}, ω = {guidance:g}"
             self.play(wav, f"{stage}-{steps}-{guidance:g}", label)
             self.add(self.judge(wav), model=stage, steps=steps, guidance=guidance,
                      nfe=steps if guidance == 1 else 2 * steps, straightness=longest[1],

@@ -21,6 +21,7 @@ from flashaudio import hub_model
 from runs.run import Run
 
 HEARD = 3.0     # decades of magnitude, 60 dB: what lies further below the loudest counts as silence
+load_clips = Clips.waveforms    # the name in experiments.figures
 
 
 class ToyJudge:
@@ -33,7 +34,7 @@ class ToyJudge:
     def __init__(self, data: Clips, rows: np.ndarray, wav: Tensor):
         self.scenes = [data.rows[i]["scene"] for i in rows]
         self.classes = torch.tensor([toy.scene_index(scene) for scene in self.scenes])
-        self.judge = toy_judge.train_judge().requires_grad_(False)
+        self.judge = toy_judge.train_judge()
         self.real, self.real_posterior = self.judge(fa.mel_spectrogram(wav))
         fresh = []
         for i, scene in enumerate(self.scenes):     # splits and judge are made of streams 0 to 3
@@ -74,8 +75,7 @@ class NearestClip:
         spare = data.train[first[~np.isin(files, data.file[rows])]]     # each of another recording
         spare = np.random.default_rng(0).permutation(spare)[:len(rows)]
         others = self.hear(data.waveforms(spare)) if len(spare) > 1 else real
-        # fd is measured along the main axes of others. One axis for four clips at most: of more, a
-        # covariance would be mostly chance
+        # fd is along the main axes of others: of more than one for four clips it is mostly chance
         count = max(1, min(len(real), len(others)) // 4)
         self.axes = torch.linalg.svd(others - others.mean(0), full_matrices=False).Vh[:count].T
         self.real = real @ self.axes
@@ -175,7 +175,3 @@ def make_judge(run: Run, rows: np.ndarray, wav: Tensor) -> ToyJudge | NearestCli
     if run.flags.judge:
         return ClapJudge(run, rows, wav)
     return NearestClip(run.data, rows, wav)
-
-
-def load_clips(data: Clips, rows: np.ndarray) -> Tensor:
-    return data.waveforms(rows)

@@ -1,8 +1,4 @@
-"""A judge that hears what a clip of the toy set holds: a small classifier, and signal processing.
-
-The classifier is kept beside this file, for each version of the toy set; where it isn't, it is
-trained in half a minute.
-"""
+"""The judge of the toy set: a small classifier of scenes, and signal processing for details."""
 
 from itertools import product
 from pathlib import Path
@@ -15,7 +11,7 @@ from scipy.signal import find_peaks, stft
 from torch import Tensor, nn
 from tqdm import trange
 
-from data.toy import KINDS, SCENES, VERSION, parse_scene, scene_index, synthesise, with_details
+from data.toy import KINDS, SCENES, VERSION, parse_scene, synthesise, with_details
 from flashaudio import SAMPLE_RATE, mel_spectrogram
 
 JUDGE = Path(__file__).with_name(f"judge-{VERSION}.safetensors")
@@ -59,7 +55,7 @@ def spoiled(mel: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.enable_grad()
 def train_judge(path: Path = JUDGE, steps: int = 500) -> Judge:
-    """The judge kept at `path`, or else one trained on 12 fresh clips of each scene."""
+    """The judge kept at `path`, or else one trained in half a minute on 12 clips of each scene."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         judge = Judge()

@@ -22,9 +22,8 @@ from experiments.tables import claims_of, kept_row, table_of, write_rows
 from runs.cache import bar, digest
 from runs.run import WHERE, Run, name_of, one_line_errors
 
-NOTE = """mean ± standard error over seeds. A difference is one less the other, seeds paired, ± half of
-its 95% interval. A verdict is what survives a false discovery rate of 5% over the table; d: the
-least difference that would have."""
+NOTE = """mean ± standard error over seeds. A difference is one less the other, ± half of its 95%
+interval, seeds paired. Shown: at a false discovery rate of 5% over the table of claims."""
 
 
 @dataclass
@@ -74,8 +73,8 @@ def plan() -> list[Row]:
 
 @dataclass
 class SharedRun(Run):
-    """A run whose stages lie in folders named by what they depend on, with their logs; <out>/<stage>
-    if train.py has trained it in the same way."""
+    """A run whose stages lie in folders named by what they depend on, with their logs, or where
+    train.py has trained the same."""
     names: dict[str, str] = field(default_factory=dict)     # of the folders
 
     def done(self, stage: str, start=None, *functions: Callable) -> bool:
@@ -116,9 +115,11 @@ def train_row(run: Run, row: Row) -> None:
     model = train.train_vae(run)
     if row.from_cfm:
         model = train.train_cfm(run, model)
-    if row.stage != "cfm":
-        train_rf1 = train_rf1_over if "over" in row.rf1 else train.train_rf1
-        model = train_rf1(run, model, **row.rf1)
+    if "over" in row.rf1:
+        model = train_rf1_over(run, model, **row.rf1)
+    elif row.stage != "cfm":
+        pairing = train.PAIRINGS[run.flags.rf1_pairing]
+        model = train.train_rf1(run, model, **{"pairing": pairing, **row.rf1})
     if row.stage in ("rf2", "distill"):
         model = train.train_rf2(run, model, train.Couplings(run, model, "rf2"), **row.rf2)
     if row.stage == "distill":

@@ -3,8 +3,7 @@
     python -m experiments.bench                             measures sampling and a training step
     python -m experiments.bench --plan 60 --size small      an estimate at 60 TFLOP/s; runs nothing
 
-Shapes without numbers pass through the loss of each stage. Evaluation, mels, latents and a frozen
-text encoder come on top, minutes each.
+Evaluation, mels, latents and a frozen text encoder come on top, minutes each.
 """
 
 import argparse
@@ -23,10 +22,8 @@ from runs.run import find_device, hardware, one_line_errors
 
 
 def coupling_cost(flags: train.Flags, stage: str) -> int:
-    """Forwards of the backbone for a pair of rf2 or distill; with anchored optimisation, at most.
-
-    The gradient of Eq. 10 is to ∅ alone, and takes as much as a forward.
-    """
+    """Forwards of the backbone for a pair of rf2 or distill; of an anchored one, at most. The
+    gradient of Eq. 10 is to ∅ alone, and takes as much as a forward."""
     steps = getattr(flags, f"{stage}_coupling_steps")
     if getattr(flags, f"{stage}_guidance") == 1.0:
         return steps
@@ -46,7 +43,8 @@ def cost(loss: Callable[..., Tensor], *batch) -> tuple[int, int]:
 
 
 def plan(flags: train.Flags) -> list[dict]:
-    """Operations in a step (of couplings: in a batch) and steps, of the stages in their order."""
+    """Operations in a step (of couplings: in a batch) and steps of the stages, in their order: what
+    a loss computes is counted on shapes without numbers."""
     config = fa.SIZES[flags.size]
     tokens = config.text.max_length // 4
     if flags.init or flags.text != "bytes":         # stays on the hub: its contexts are enough
@@ -79,11 +77,12 @@ def print_plan(flags: train.Flags, speed: float) -> None:
     """The plan at `speed` TFLOP/s."""
     rows = []
     for row in plan(flags):
-        rows.append({"stage": row["stage"], "TFLOP/step": row["flop"] / 1e12, "steps": row["steps"],
-                     "hours": row["flop"] * row["steps"] / (speed * 1e12) / 3600})
+        flop, steps = row["flop"], row["steps"]
+        rows.append({"stage": row["stage"], "TFLOP/step": flop / 1e12, "steps": steps,
+                     "hours": flop * steps / (speed * 1e12) / 3600})
     print_rows(rows)
-    print(f"size {flags.size} at {speed:.3g} TFLOP/s: {sum(row['hours'] for row in rows):.2f} hours, "
-          "an estimate: nothing was run")
+    print(f"size {flags.size} at {speed:.3g} TFLOP/s: {sum(row['hours'] for row in rows):.2f} "
+          "hours, an estimate")
 
 
 def print_rows(rows: list[dict]) -> None:
@@ -139,8 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("experiments.bench", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--plan", type=float, help="TFLOP/s to estimate by; nothing is run")
-    parser.add_argument("--size", default="toy", help="sizes of train.py: toy,small,base,large [toy]")
-    parser.add_argument("--batch", default="1,16,64", help="batch sizes of sampling [1,16,64]")
+    parser.add_argument("--size", default="toy", help="sizes of train.py: toy,small,base [toy]")
     given = parser.parse_args(argv)
     for size in given.size.split(","):
         flags, speed = train.parse_flags(["--size", size]), given.plan
@@ -148,9 +146,8 @@ def main(argv: list[str] | None = None) -> None:
             device = find_device()
             print(f"{hardware(device)}; milliseconds of a batch, size {size}")
             model = fa.FlashAudio(fa.SIZES[size]).to(device)
-            print_rows([sampling(model, int(batch)) for batch in given.batch.split(",")])
-            flags = replace(flags, text="bytes")
-            speed = training(flags, model)
+            print_rows([sampling(model, batch) for batch in (1, 16, 64)])
+            speed = training(replace(flags, text="bytes"), model)
         print_plan(flags, speed)
 
 

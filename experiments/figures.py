@@ -37,6 +37,13 @@ def one_step(out: Path, run: Run) -> None:
         title = f"{NAMES[stage]}, {steps} step{'s' * (steps > 1)}"
         mels[title] = model.decode(model.sample_latents(captions, steps, seed=0))
         wavs[title] = run.vocoder(mels[title]).cpu()
+    clips = []
+    for k, caption in enumerate(captions):
+        for n, title in enumerate(wavs):
+            save_clip(out / f"listen/{k}-{n}", wavs[title][k])
+            clips.append((caption, title, f"{k}-{n}"))
+    seconds = run.data.mels.shape[2] * fa.HOP / fa.SAMPLE_RATE
+    write_page(out / "listen", "flashaudio, to listen to", STORY, clips, seconds)
     figure, line = plt.subplots(1, len(mels), figsize=(10, 1.7), layout="constrained")
     figure.suptitle(f"“{captions[0]}”")
     for axes, (title, made) in zip(line, mels.items()):
@@ -45,13 +52,6 @@ def one_step(out: Path, run: Run) -> None:
         axes.set_title(title, fontsize=9)
         axes.set_axis_off()
     figure.savefig(out / "one_step.png")
-    clips = []
-    for k, caption in enumerate(captions):
-        for n, title in enumerate(wavs):
-            save_clip(out / f"listen/{k}-{n}", wavs[title][k])
-            clips.append((caption, title, f"{k}-{n}"))
-    seconds = run.data.mels.shape[2] * fa.HOP / fa.SAMPLE_RATE
-    write_page(out / "listen", "flashaudio, to listen to", STORY, clips, seconds)
 
 
 def losses_by_time(run: Run, times: Tensor) -> dict[str, list[float]]:
@@ -71,10 +71,8 @@ def losses_by_time(run: Run, times: Tensor) -> dict[str, list[float]]:
             z1 = fa.make_couplings(models["rf1"], z0, context, null, flags.rf2_coupling_steps,
                                    flags.rf2_guidance, flags.anchor_steps, flags.anchor_lr,
                                    flags.anchor_tol)
-        found[stage] = []
-        for t in times.to(run.device):
-            loss = fa.rectified_flow_loss(model, z0, z1, t.expand(len(rows)), context)
-            found[stage].append(loss.item())
+        found[stage] = [fa.rectified_flow_loss(model, z0, z1, t.expand(len(rows)), context).item()
+                        for t in times.to(run.device)]
     return found
 
 
@@ -107,7 +105,6 @@ def main(argv: list[str] | None = None) -> None:
         raise fa.InputError(f"{given.run}: there is no finished run of train.py here")
     flags = json.loads(notes.read_text())["flags"] | {"out": str(given.run)}
     with train.open_run(train.Flags(**flags)) as run:
-        out.mkdir(parents=True, exist_ok=True)
         one_step(out, run)
         loss_by_time(out / "loss_by_time.png", run)
 

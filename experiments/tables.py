@@ -20,11 +20,8 @@ LEVEL = 0.05            # share of chance findings among the differences that ar
 
 
 def kept_row(folder: Path, row: dict, measure: Callable[[], dict], *depends) -> dict:
-    """The row with what `measure()` tells of it, kept in a file of the folder.
-
-    It is measured anew where the row, what it depends on, or the code of the method, its training
-    or the judge is another.
-    """
+    """The row with what `measure()` tells of it, kept in a file of the folder; measured anew where
+    what it depends on, or the code of the method, its training or the judge is another."""
     code = [ROOT / "flashaudio.py", ROOT / "train.py", *sorted(ROOT.glob("evaluation/*.*"))]
     file = folder / f"{digest(row, *depends, *code)}.json"
     if not file.exists():
@@ -91,8 +88,7 @@ def judge_claims(rows: list[dict]) -> list[dict]:
                            "ours": pairs.mean(0), "difference": gap,
                            "interval": student.isf(0.025) * error,
                            "p": 2 * student.sf(abs(gap) / (error or np.inf)),
-                           # which has FAD alone
-                           "paper": claim["paper"] if figure.startswith("fd") else ""})
+                           "paper": claim["paper"] if figure.startswith("fd") else ""})  # FAD
     if judged:
         shown = stats.false_discovery_control([claim["p"] for claim in judged]) <= LEVEL
         level = min(LEVEL, LEVEL * (shown.sum() + 1) / len(judged))     # that of one more

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable
@@ -48,7 +49,7 @@ def one_thread():
 
 def bar(iterable, text: str, **more) -> tqdm:
     """A progress bar that is silent where no one watches."""
-    silent = True if rank_and_world()[0] else None
+    silent = rank_and_world()[0] > 0 or sys.stderr is None or None      # None: where no terminal is
     return tqdm(iterable, f"{text:>8}", disable=silent, leave=False, dynamic_ncols=True, **more)
 
 

@@ -1,5 +1,6 @@
 """A run: its folder, what its stages depend on, and the one line that a person is told."""
 
+import argparse
 import inspect
 import json
 import math
@@ -158,6 +159,17 @@ def content_of(source: str) -> str:
     path = Path(source)
     files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())
     return digest(*files) if files else source
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a wrong flag in one line, and --help as it is written."""
+
+    def __init__(self, name: str, text: str):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(name, description=text, formatter_class=form, allow_abbrev=False)
+
+    def error(self, message: str):
+        raise InputError(f"{message}; --help lists the flags")
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import struct
+import sys
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -18,14 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.io import wavfile
 
-from data import datasets
 from data.audio import load_audio, samples_in
 from data.clips import Clips
 from data.rows import doubts, read_folder, read_manifest
 from flashaudio import InputError
-from tests.helpers import run, tone, write_clips
+from tests.helpers import tone
 
 HEADER = "audio_path,caption,split\n"
+FORMAT = struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2, 16)        # of a WAV
 
 
 # ---- Audio files --------------------------------------------------------------------------------
@@ -65,49 +66,11 @@ def test_resampled_cut_followed_by_silence_or_repeated(tmp_path):
     assert torch.equal(load_audio(tmp_path / "x.wav", 100), wav[:100])
 
 
-@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 44101, 48000, 96000, 191_999])
-def test_every_rate_is_resampled(tmp_path, rate):
-    wavfile.write(tmp_path / "a.wav", rate, tone(rate, rate).astype(np.float32))
-    wav = load_audio(tmp_path / "a.wav", 8000)
-    assert (wav - torch.from_numpy(tone(8000)))[200:].abs().max() < 2e-3
-
-
-def test_of_a_long_recording_only_the_part_that_is_used_is_read(tmp_path, monkeypatch):
-    soundfile.write(tmp_path / "long.flac", tone(48000 * 60, 48000), 48000)
-    read, real = [], soundfile.SoundFile.read
-
-    def spy(self, *args, **more):
-        read.append(real(self, *args, **more))
-        return read[-1]
-
-    monkeypatch.setattr(soundfile.SoundFile, "read", spy)
-    assert len(load_audio(tmp_path / "long.flac", 16000)) == 16000
-    assert len(read[0]) <= 1.1 * 48000 + 1
-    assert len(load_audio(tmp_path / "long.flac", 16000, 50 * 16000)) == 16000
-    assert len(read[1]) <= 2.2 * 48000 + 1
-
-
-@pytest.mark.parametrize("ending", ["flac", "ogg", "mp3", "WAV"])
-def test_a_part_of_any_kind_of_file_is_what_is_there_in_the_whole(tmp_path, ending):
-    chirp = np.sin(2 * np.pi * 200 * np.arange(6 * 44100) ** 1.1 / 44100) / 2
-    soundfile.write(tmp_path / f"x.{ending}", chirp, 44100)
-    whole = load_audio(tmp_path / f"x.{ending}")
-    for start in (0, 20_000, 50_001):
-        part = load_audio(tmp_path / f"x.{ending}", 16000, start)
-        assert (part - whole[start:start + 16000]).abs().max() < 1e-3
-
-
 def test_a_full_scale_square_stays_within_full_scale_after_resampling(tmp_path):
     square = np.sign(np.sin(2 * np.pi * 100 * np.arange(44100) / 44100 + 0.1))
     wavfile.write(tmp_path / "x.wav", 44100, (32767 * square).astype(np.int16))
     wav = load_audio(tmp_path / "x.wav")
     assert wav.abs().max() == 1                     # the filter overshoots to 1.1
-
-
-def test_channels_in_opposite_phase_are_not_silence(tmp_path):
-    left = tone().astype(np.float32)
-    wavfile.write(tmp_path / "x.wav", 16000, np.stack([left, -left], 1))
-    assert torch.equal(load_audio(tmp_path / "x.wav"), torch.from_numpy(left))
 
 
 @pytest.mark.parametrize("peak", [1.4, 4, 10_000])
@@ -121,7 +84,7 @@ def test_floats_over_full_scale_are_scaled_to_it_and_that_is_said(tmp_path, caps
 
 @pytest.mark.parametrize("content, said", [
     (None, "no such file"), (b"", "cannot be read"), (b"RIFF", "cannot be read"),
-    (b"not a wav at all", "Format not recognised"), ([], "no samples"),
+    (b"not a wav at all", "Format not recognised"), ([], "no samples; .* recorder was killed"),
     ([math.nan] * 100, "NaN"), (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull")])
 def test_one_line_says_what_is_wrong_with_a_file(tmp_path, content, said):
     path = tmp_path / "bad.wav"
@@ -144,30 +107,12 @@ def test_a_file_that_is_cut_short_is_refused(tmp_path, ending):
         load_audio(path, 48000)
 
 
-@pytest.mark.parametrize("size", [0, 2 ** 31 - 1, 0x7FFFF000, 2 ** 32 - 1])
-@pytest.mark.parametrize("riff", [0, 36, 2 ** 32 - 1])
-def test_a_wav_that_was_written_to_a_pipe_is_read_to_its_end(tmp_path, riff, size):
+@pytest.mark.parametrize("size", [2 ** 31 - 1, 0x7FFFF000, 2 ** 32 - 1])
+def test_a_wav_that_was_written_to_a_pipe_is_read_to_its_end(tmp_path, size):
     pcm = (32767 * tone(4000)).astype(np.int16)
-    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, 16000, 32000, 2, 16)
-    raw = b"RIFF" + struct.pack("<I", riff) + b"WAVE" + form + b"data" + struct.pack("<I", size)
-    (tmp_path / "x.wav").write_bytes(raw + pcm.tobytes())
+    header = b"RIFF\0\0\0\0WAVEfmt " + FORMAT + b"data" + struct.pack("<I", size)
+    (tmp_path / "x.wav").write_bytes(header + pcm.tobytes())
     assert np.array_equal(load_audio(tmp_path / "x.wav"), pcm.astype(np.float32) / 32768)
-    assert (tmp_path / "x.wav").read_bytes() == raw + pcm.tobytes()
-
-
-@pytest.mark.parametrize("form, zeros", [
-    ("WAVEX", {b"RIFF": (4, 4), b"data": (4, 4)}), ("RF64", {b"ds64": (8, 24)}),
-    ("RF64", {b"ds64": (8, 24), b"data": (4, 4)}), ("W64", {b"riff": (16, 8), b"data": (16, 8)}),
-    ("AIFF", {b"FORM": (4, 4), b"COMM": (10, 4), b"SSND": (4, 4)})])
-def test_what_a_killed_recorder_left_is_read_to_its_end(tmp_path, form, zeros):
-    soundfile.write(tmp_path / "x", tone(4000), 16000, "PCM_16", format=form)
-    whole = load_audio(tmp_path / "x")
-    raw = bytearray((tmp_path / "x").read_bytes())
-    for name, (offset, width) in zeros.items():     # sizes are written in the end
-        place = raw.find(name) + offset
-        raw[place:place + width] = bytes(width)
-    (tmp_path / "x").write_bytes(raw)
-    assert torch.equal(load_audio(tmp_path / "x"), whole) and samples_in(tmp_path / "x") == 4000
 
 
 def write_mp3(path: Path, sound: np.ndarray) -> bytes:
@@ -257,34 +202,11 @@ def test_ways_of_writing_a_manifest(tmp_path, text, encoding):
     assert rows[0]["audio_path"] == str(tmp_path / "a.wav")
 
 
-def test_paths_from_windows_are_found_and_further_columns_kept(tmp_path):
-    write_clips(tmp_path / "wav", 1)
-    (tmp_path / "m.csv").write_text("audio_path,caption,scene\nwav\\0.wav,a tone,tone:low\n")
-    [row], _ = read_manifest(tmp_path / "m.csv")
-    assert os.path.isfile(row["audio_path"]) and row["scene"] == "tone:low"
-
-
-@pytest.mark.parametrize("split, known", [
-    ("", "train"), (" Train", "train"), ("training", "train"), ("TEST", "test"), ("test ", "test"),
-    ("Evaluation", "test"), ("eval", "test"), ("val", "validation"), ("VALID", "validation"),
-    ("validation", "validation"), ("dev", "validation")])
-def test_splits_are_known_in_any_case(tmp_path, split, known):
-    (tmp_path / "m.csv").write_text(f"{HEADER}a.wav,a tone,{split}\n")
-    assert read_manifest(tmp_path / "m.csv")[0][0]["split"] == known
-
-
-def test_an_unknown_split_is_refused_with_those_that_are_known(tmp_path):
-    (tmp_path / "m.csv").write_text(f"{HEADER}a.wav,a tone,\nb.wav,a tone,tests\n")
-    with pytest.raises(InputError, match="line 3: unknown split 'tests'; known are train, .*val"):
-        read_manifest(tmp_path / "m.csv")
-
-
 @pytest.mark.parametrize("text, expected, said", [
-    (f"{HEADER}a.wav,a dog, barking,test\nb.wav,rain,test\n", 1, ["line 2: 4 fields for 3"]),
-    ('audio_path,caption\na.wav,"a tone\nb.wav,2\nc.wav,3\n', 0, ["line 2", "line 3", "line 4"]),
-    ('audio_path,caption\na.wav,"a\nb.wav,"b"\nc.wav,c\n', 1, ["line 2", "left open in line 2"]),
-    ("audio_path,caption\na.wav,\n,rain\nb.wav\n", 0, ["line 2: caption", "line 3: audio_path",
-                                                       "line 4: caption is empty"])])
+    (f"{HEADER}a.wav,a dog, barking,test\nb.wav,rain,test\n", 1, ["line 2: too many fields"]),
+    ("path;words\na.wav;rain\n", 0, ["line 2: no audio_path; the first line must name"]),
+    ("audio_path,caption\na.wav,\n,rain\nb.wav\n", 0, [
+        "line 2: no caption", "line 3: no audio_path", "line 4: no caption"])])
 def test_rows_that_cannot_be_used_are_named(tmp_path, text, expected, said):
     (tmp_path / "m.csv").write_text(text)
     rows, problems = read_manifest(tmp_path / "m.csv")
@@ -293,9 +215,10 @@ def test_rows_that_cannot_be_used_are_named(tmp_path, text, expected, said):
 
 
 @pytest.mark.parametrize("text, said", [
-    (b"path;words\na.wav;rain\n", "no column audio_path and caption.*names 'path, words'"),
-    (b"", "no column"), ("audio_path,caption\na.wav,J\xfcrgen\n".encode("latin-1"), "UTF-8"),
-    (b"audio_path,caption\na\0.wav,rain\n", "not a text in UTF-8 .it holds NUL"),
+    ("audio_path,caption\na.wav,J\xfcrgen\n".encode("latin-1"), "not a text in UTF-8"),
+    (b'audio_path,caption\na.wav,"a tone\nb.wav,2\n', "a quote is left open in line 2"),
+    (b'audio_path,caption\na.wav,a\nb.wav,"b\nc.wav,"c"\nd.wav,d\n', "left open in line 3"),
+    (f"{HEADER}a.wav,a,\nb.wav,b,tests\n".encode(), "line 3: unknown split 'tests'; known"),
     (b"audio_path,caption\na.wav," + b"x" * 200_000, "not a CSV")])
 def test_what_is_no_manifest_is_refused(tmp_path, text, said):
     (tmp_path / "m.csv").write_bytes(text)
@@ -303,25 +226,6 @@ def test_what_is_no_manifest_is_refused(tmp_path, text, said):
         read_manifest(tmp_path / "m.csv")
     with pytest.raises(InputError, match="no such manifest"):
         read_manifest(tmp_path / "nowhere.csv")
-
-
-TABLES = st.text(max_size=200).map(lambda text: ("audio_path,caption\n" + text).encode(
-    "utf-8", "surrogatepass"))
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.one_of(st.binary(max_size=300), TABLES))
-def test_any_manifest_is_read_or_refused(content):
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "manifest.csv"
-        path.write_bytes(content)
-        try:
-            rows, problems = read_manifest(path)
-        except InputError as e:
-            assert "\n" not in str(e)
-            return
-        for row in rows:                            # absolute paths, "..", NUL: a file, or none
-            assert row["caption"].strip() and not os.path.isfile(row["audio_path"])
 
 
 def test_line_breaks_in_quotes_are_part_of_a_caption(tmp_path):
@@ -334,7 +238,6 @@ def test_line_breaks_in_quotes_are_part_of_a_caption(tmp_path):
     assert "\n" not in rows[0]["caption"]
 
 
-FORMAT = struct.pack("<IHHIIHH", 16, 1, 1, 16000, 32000, 2, 16)
 SOUND = b"RIFF\xec\0\0\0WAVEfmt " + FORMAT + b"data\xc8\0\0\0" + bytes(range(200))
 
 
@@ -360,8 +263,7 @@ def test_a_folder_of_sounds_is_enough(tmp_path, capsys):
     assert captions_of(folder) == expected and list(captions_of(folder)) == sorted(expected)
     Clips(folder, tmp_path / "cache", 16)
     said = capsys.readouterr().out
-    assert "told.WAV: A told tale" in said and said.count("set/") == 5
-    assert "clips: 5 to train on, 0 validation, 1 test; 6 distinct captions" in said
+    assert "5 to train on, 0 validation, 1 test, of 6 sounds; 6 distinct captions" in said
 
 
 @pytest.mark.parametrize("name, caption", [
@@ -384,7 +286,7 @@ def test_json_beside_a_sound(tmp_path, held, caption):
     (tmp_path / "1.json").write_text(json.dumps(held))
     rows, problems = read_folder(tmp_path)
     assert [row["caption"] for row in rows] == ([caption] if caption else [])
-    assert caption or "1.wav: has no caption (holds no text under caption" in problems[0]
+    assert caption or "1.wav: has no caption (no words in the file beside it" in problems[0]
 
 
 def test_every_sound_is_found_and_what_is_left_out_is_counted(tmp_path, capsys):
@@ -402,10 +304,11 @@ def test_every_sound_is_found_and_what_is_left_out_is_counted(tmp_path, capsys):
     lay_out(folder, "x.m4a", "y.m4a", "z.pdf", "LICENSE", "a.txt", content=b"told")
     assert set(captions_of(folder)) == {*taken, "linked/h.wav"}
     Clips(folder, tmp_path / "cache", 16)
-    assert "; left out: 2 .m4a, 1 without ending, 1 .pdf (" in capsys.readouterr().out
+    assert "set: left out: 2 .m4a, 1 without ending, 1 .pdf (" in capsys.readouterr().out
     lay_out(tmp_path / "alone", "x.m4a", content=b"told")
-    with pytest.raises(InputError, match="no usable clips; left out: 1 .m4a .*ffmpeg -i"):
+    with pytest.raises(InputError, match="alone: holds no usable clips"):
         Clips(tmp_path / "alone", tmp_path / "cache", 16)
+    assert "left out: 1 .m4a (for sounds: ffmpeg -i" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("table", [
@@ -414,13 +317,12 @@ def test_every_sound_is_found_and_what_is_left_out_is_counted(tmp_path, capsys):
     '{"file_name": "1.wav", "text": "A dog"}\n{"file_name": "sub/2.wav", "caption": "A cat"}\n'])
 def test_captions_in_the_metadata_of_an_audiofolder(tmp_path, table):
     name = "metadata.jsonl" if table.startswith("{") else "metadata.csv"
-    lay_out(tmp_path, "train/1.wav", "train/sub/2.wav", "train/Own name.wav", "test/1.wav")
+    lay_out(tmp_path, "train/1.wav", "train/sub/2.wav", "train/unnamed.wav", "test/1.wav")
     for part in ("train", "test"):
         (tmp_path / part / name).write_text(table)
     rows, problems = read_folder(tmp_path)
-    assert [(row["caption"], row["split"]) for row in rows] == [
-        ("A dog", "test"), ("A dog", "train"), ("own name", "train"), ("A cat", "train")]
-    assert len(problems) == 1 and "test/sub/2.wav" in problems[0]       # named, and not there
+    assert not problems and [(row["caption"], row["split"]) for row in rows] == [
+        ("A dog", "test"), ("A dog", "train"), ("A cat", "train")]
     (tmp_path / "test" / name).write_bytes(b'"\xff')
     with pytest.raises(InputError, match="metadata"):
         read_folder(tmp_path)
@@ -441,20 +343,16 @@ def test_letters_are_those_that_people_type(tmp_path):
     assert [row["caption"] for row in rows] == [typed, "x", "a tone", "home", "c, d"]
 
 
-@pytest.mark.skipif(os.name != "posix", reason="names are bytes on POSIX alone")
+@pytest.mark.skipif(sys.platform != "linux", reason="names are any bytes on Linux alone")
 def test_a_name_in_other_letters_than_utf_8(tmp_path):
-    path = os.path.join(os.fsencode(tmp_path), b"Gl\xf6ckchen.wav")
-    try:
-        open(path, "wb").write(SOUND)
-    except OSError:
-        pytest.skip("this disk has names in UTF-8 alone")
+    lay_out(tmp_path, os.fsdecode(b"Gl\xf6ckchen.wav"))
     [row], _ = read_folder(tmp_path)
     assert row["caption"] == "glöckchen" and len(load_audio(row["audio_path"])) == 100
 
 
 @pytest.mark.parametrize("captions, said", [
     (["fold"] * 3 + [f"word {i}" for i in range(9)], "3 of 12 clips are called 'fold': is there a"),
-    (["t", "fx", "x sd", "a dog"], "3 of 4 captions hold no word ('t'): is there a table"),
+    (["t", "fx", "x sd", "a dog"], "3 of 4 captions hold no word: is there a table"),
     (["fold"] * 2 + [f"word {i}" for i in range(8)], ""), (["雨", "a cat", "hh"], "")])
 def test_doubts_about_captions(captions, said):
     lines = doubts(captions)
@@ -463,83 +361,56 @@ def test_doubts_about_captions(captions, said):
 
 # ---- Published data sets ------------------------------------------------------------------------
 
-def read_back(manifest: Path) -> list[tuple]:
-    with open(manifest, encoding="utf-8", newline="") as f:
-        rows = list(csv.DictReader(f))
-    return [(Path(manifest.parent, row["audio_path"]).name, row["caption"], row["split"])
-            for row in rows]
+def read_set(folder: Path) -> list[tuple]:
+    rows, problems = read_folder(folder)
+    assert not problems
+    return [(Path(row["audio_path"]).name, row["caption"], row["split"]) for row in rows]
 
 
-def test_audiocaps_finds_clips_under_their_usual_names_and_counts_the_missing(tmp_path):
-    ids = ["aaaaaaaaaaa", "bbbbbbbbb-_", "_cccccccccc", "ddddddddddd", "eeeeeeeeeee", "f-fffffffff",
-           "Yhhhhhhhhhh", "ggggggggggg", "iiiiiiiiiii"]
-    files = ["aaaaaaaaaaa_30.wav", "Ybbbbbbbbb-_.flac", "_cccccccccc_30_40.wav", "7004.mp3",
-             "eeeeeeeeeee_30000_40000.wav", "f-fffffffff [30-40].ogg", "Yhhhhhhhhhh-30.wav"]
-    lay_out(tmp_path / "clips", "x/" + files[0], *files[1:])
-    lay_out(tmp_path / "clips", "aaaaaaaaaaa_30.webm", "ggggggggggg_30.wav", content=b"")
+def test_audiocaps_finds_clips_under_their_usual_names_and_counts_the_missing(tmp_path, capsys):
+    ids = ["aaaaaaaaaaa", "bbbbbbbbb-_", "_cccccccccc", "f-fffffffff", "Yhhhhhhhhhh", "Ynnnnnnnnnn",
+           "ggggggggggg", "iiiiiiiiiii"]
+    files = ["x/aaaaaaaaaaa_30.wav", "Ybbbbbbbbb-_.flac", "_cccccccccc_30_40.wav",
+             "f-fffffffff [30-40].ogg", "YYhhhhhhhhhh-30.wav", "Ynnnnnnnnnn.wav"]
+    lay_out(tmp_path, *files, "unnamed.wav")
+    lay_out(tmp_path, "aaaaaaaaaaa_30.webm", "ggggggggggg_30.wav", content=b"")
     rows = [f"{7001 + i},{name},30,caption {i}, unquoted\n" for i, name in enumerate(ids)]
     table = "audiocap_id,youtube_id,start_time,caption\n" + "".join(rows)
-    (tmp_path / "train.csv").write_text(table, encoding="utf-16")
-    sources = [f"{tmp_path}/train.csv:Val"]
-    found = datasets.from_youtube("audiocaps", tmp_path / "clips", sources)
-    written = datasets.write_manifest(found, tmp_path / "out/manifest.csv")
-    assert written == (7, ["ggggggggggg", "iiiiiiiiiii"])           # an empty file, and none
-    assert read_back(tmp_path / "out/manifest.csv") == [
-        (name, f"caption {i}, unquoted", "validation") for i, name in enumerate(files)]
-    (tmp_path / "music.csv").write_text("ytid,start_s,end_s,caption\naaaaaaaaaaa,30,40,a tune\n")
-    done = run("-m", "data.datasets", "musiccaps", tmp_path / "clips", "--csv",
-               tmp_path / "music.csv", "--out", tmp_path / "m.csv")
-    assert done.returncode == 0 and "1 rows; 0 clips missing" in done.stdout
-    assert read_back(tmp_path / "m.csv") == [(files[0], "a tune", "train")]
-    for name, said in (("none.csv", "no such file"), ("train.csv", "no column ytid")):
-        with pytest.raises(InputError, match=said):
-            list(datasets.from_youtube("musiccaps", tmp_path / "clips", [str(tmp_path / name)]))
+    (tmp_path / "val.csv").write_text(table, encoding="utf-16")
+    assert sorted(read_set(tmp_path), key=lambda row: row[1]) == [
+        (Path(name).name, f"caption {i}, unquoted", "validation") for i, name in enumerate(files)]
+    assert "2 of 8 rows have no sound" in capsys.readouterr().out       # an empty file, and none
 
 
-def write_set(name: str, folder: Path) -> list[tuple]:
-    listed = datasets.published(name, folder)
-    assert datasets.write_manifest(listed, folder / "m.csv")[1] == []
-    return read_back(folder / "m.csv")
+CLOTHO = "file_name,caption_1,caption_2,caption_3,caption_4,caption_5\n"
+PUBLISHED = [  # sounds, tables, and what they say
+    (["audio/1-1-A-0.wav", "audio/4-2-A-0.wav", "audio/5-3-A-0.wav"],
+     {"meta/esc50.csv": "filename,fold,target,category,esc10\n1-1-A-0.wav,1,0,sea_waves,True\n"
+                        "4-2-A-0.wav,4,0,sea_waves,True\n5-3-A-0.wav,5,0,sea_waves,True\n"},
+     [("1-1-A-0.wav", "sea waves", "train"),
+      ("4-2-A-0.wav", "the sound of sea waves", "validation"),
+      ("5-3-A-0.wav", "a recording of sea waves", "test")]),
+    (["audio/fold1/7-2-0-0.wav", "audio/fold9/8-2-0-0.wav", "audio/fold10/9-2-0-0.wav"],
+     {"metadata/UrbanSound8K.csv": "slice_file_name,fsID,fold,class\n7-2-0-0.wav,7,1,siren\n"
+                                   "8-2-0-0.wav,8,9,siren\n9-2-0-0.wav,9,10,siren\n"},
+     [("7-2-0-0.wav", "siren", "train"), ("8-2-0-0.wav", "the sound of siren", "validation"),
+      ("9-2-0-0.wav", "a recording of siren", "test")]),
+    (["FSD50K.dev_audio/1.wav", "FSD50K.dev_audio/2.wav", "FSD50K.eval_audio/3.wav"],
+     {"FSD50K.ground_truth/dev.csv": 'fname,labels,mids,split\n1,"Acoustic_guitar,Music",/m,train\n'
+                                     "2,Rain,/m/2,val\n",
+      "FSD50K.ground_truth/eval.csv": 'fname,labels,mids\n3,"Dog",/m/3\n'},
+     [("1.wav", "acoustic guitar", "train"), ("2.wav", "the sound of rain", "validation"),
+      ("3.wav", "dog", "test")]),
+    (["development/A b.wav", "evaluation/c.wav"],
+     {"clotho_captions_development.csv": f'{CLOTHO}A b.wav,"a, b",c,d,e,f\n',
+      "clotho_captions_evaluation.csv": f"{CLOTHO}c.wav,g,h,i,j,k\n"},
+     [*(("A b.wav", caption, "train") for caption in ("a, b", "c", "d", "e", "f")),
+      *(("c.wav", caption, "test") for caption in "ghijk")])]
 
 
-def test_esc50_has_captions_by_class_and_its_folds_as_split(tmp_path):
-    names = [f"{fold}-{100 + i}-A-0.wav" for i, fold in enumerate((1, 2, 3, 4, 5))]
-    lay_out(tmp_path / "audio", *names)
-    rows = [f"{name},{name[0]},0,sea_waves,True\n" for name in names]
-    lay_out(tmp_path, "meta/esc50.csv",
-            content=("filename,fold,target,category,esc10\n" + "".join(rows)).encode())
-    _, captions, splits = zip(*write_set("esc50", tmp_path))
-    assert captions[:3] == ("sea waves", "the sound of sea waves", "a recording of sea waves")
-    assert splits == ("train", "train", "train", "validation", "test")
-
-
-def test_urbansound8k_is_split_by_fold(tmp_path):
-    names = ["1-2-0-0.wav", "2-2-0-0.wav", "3-2-0-0.wav"]
-    rows = "".join(f"{name},7,{fold},dog_bark\n" for name, fold in zip(names, (1, 9, 10)))
-    lay_out(tmp_path / "audio", "fold1/1-2-0-0.wav", "fold9/2-2-0-0.wav", "fold10/3-2-0-0.wav")
-    lay_out(tmp_path, "metadata/UrbanSound8K.csv",
-            content=f"slice_file_name,fsID,fold,class\n{rows}".encode())
-    assert write_set("urbansound8k", tmp_path) == [
-        (names[0], "dog bark", "train"), (names[1], "the sound of dog bark", "validation"),
-        (names[2], "a recording of dog bark", "test")]
-
-
-def test_the_eval_set_of_fsd50k_is_no_training_set(tmp_path):
-    lay_out(tmp_path, "FSD50K.dev_audio/1.wav", "FSD50K.dev_audio/2.wav", "FSD50K.eval_audio/3.wav")
-    lay_out(tmp_path, "FSD50K.ground_truth/dev.csv", content=b"fname,labels,mids,split\n"
-            b'1,"Acoustic_guitar,Guitar,Music",/m/1,train\n2,Rain,/m/2,val\n')
-    lay_out(tmp_path, "FSD50K.ground_truth/eval.csv", content=b'fname,labels,mids\n3,"Dog",/m/3\n')
-    assert write_set("fsd50k", tmp_path) == [
-        ("1.wav", "acoustic guitar", "train"), ("2.wav", "the sound of rain", "validation"),
-        ("3.wav", "dog", "test")]
-
-
-def test_clotho_has_five_captions_a_clip(tmp_path):
-    header = "file_name," + ",".join(f"caption_{i}" for i in range(1, 6)) + "\n"
-    for part in ("development", "validation", "evaluation"):
-        lay_out(tmp_path, f"{part}/A {part}.wav")
-        row = f"A {part}.wav," + ",".join(f'"{part}, {i}"' for i in range(5)) + "\n"
-        lay_out(tmp_path, f"clotho_captions_{part}.csv", content=(header + row).encode())
-    rows = write_set("clotho", tmp_path)
-    assert rows[5] == ("A validation.wav", "validation, 0", "validation")
-    assert [row[2] for row in rows] == ["train"] * 5 + ["validation"] * 5 + ["test"] * 5
+@pytest.mark.parametrize("sounds, tables, expected", PUBLISHED)
+def test_sets_are_read_as_they_are_published(tmp_path, sounds, tables, expected):
+    lay_out(tmp_path, *sounds)
+    for name, text in tables.items():
+        lay_out(tmp_path, name, content=text.encode())
+    assert sorted(read_set(tmp_path)) == expected

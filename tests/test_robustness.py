@@ -1,112 +1,63 @@
-"""Wrong input: one line on stderr that says what is wrong, exit code 2, nothing half-written."""
+"""Wrong input, odd places, full disks: one line that says what is wrong, and exit code 2."""
 
-import json
+import io
 import resource
 import shlex
+import shutil
+import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from scipy.io import wavfile
+from safetensors import SafetensorError
 
-from flashaudio import PRESETS, FlashAudio
-from runs.cache import write_atomically
-from runs.run import lock
+import flashaudio as fa
+import sample
+import train
+from flashaudio import InputError
+from runs.cache import cached, write_atomically
+from runs.processes import join
+from runs.run import content_of, lock, name_of, one_line_errors
 from tests.helpers import ROOT, TINY, exit_code, run, tiny_model, write_clips
 
-# What is typed, and what the line must say
-BAD_TRAIN = {
-    "--data nowhere.csv": "nowhere.csv: no such manifest", "--data taken": "no usable clips",
-    "--data column.csv": "no column caption", "--data empty.csv": "no usable clips",
-    "--data binary.csv": "not a CSV", "--data latin.csv": "not a CSV in UTF-8",
-    "--data bad.csv": "more than 10%", "--data test.csv": "nothing is left to train on",
-    "--data huge.csv": "field larger", "--data silent.csv": "holds no samples",
-    "--data folder.csv": "1 of 1 clips are bad", "--data nul.csv": "no such file",
-    "--data mp3.csv": "cannot be read as audio", "--data nan.csv": "NaN",
-    "--data slow.csv": "samples a second", "--data split.csv": "unknown split 'tset'",
-    "--learning_rate 1": "unrecognized arguments", "--stage rf3": "'rf2', 'distill', 'eval'",
-    "--preset huge": "'toy', 'small', 'base', 'large'", "--lr fast": "invalid float",
-    "--batch_size 1.5": "invalid int", "--lr -1": "--lr is -1.0, must be at least 0",
-    "--lr nan": "at least 0", "--lr inf": "at least 0", "--batch_size 0": "at least 1",
-    "--cfm_steps -5": "at least 1", "--ema 1.5": "from 0 to 1", "--caption_dropout 2": "from 0 to",
-    "--seed -1": "from 0 to", "--rf2_couplings 0": "at least 1", "--warmup 0": "at least 1",
-    "--distill_coupling_steps 0": "at least 1", "--rf2_anchor_steps -1": "at least 0",
-    "--rf2_anchor_tol nan": "at least 0", "--rf2_guidance nan": "at least 0",
-    "--lr_end -0.1": "from 0 to 1", "--eval_clips 1": "at least 2",
-    "--save_every nan": "at least 0", "--grad_accum 17": "is larger",
-    "--vae_frames 0": "at least 1",
-    "--init public.ckpt --stage vae": "no --stage vae",
-    "--init public.ckpt --preset toy": "no --preset toy",
-    "--init public.ckpt --preset small": "no --preset toy or small", "--plan -1": "at least 0",
-    "--init nowhere.ckpt": "no such checkpoint", "--init pickled.ckpt": "besides tensors",
-    "--init good/0.wav": "not read as a checkpoint",
-    "--device abacus": "cpu, cuda", "--device cuda:77": "not available",
-    "--vocoder wavenet": "griffin-lim, hifigan", "--vocoder hifigan:./nowhere": "nowhere",
-    "--vocoder bigvgan:./nowhere": "nowhere", "--text ./nowhere": "nowhere",
-    "--judge ./nowhere": "nowhere", "--stage rf2": "vae is not trained yet",
-    "--stage eval": "vae is not trained yet", "--out column.csv": "column.csv",
-    "--out taken": "another run is at work", "--out torn --stage cfm": "not a readable model",
-    "--out tornjson": "not readable as JSON"}
-BAD_SAMPLE = {
-    "": "nothing to make", "'  '": "nothing to make", "rain": "no distilled model",
-    "rain --model good": "no model here", "rain --model torn/vae": "not a readable model",
-    "rain --model out/distil": "no such folder", "rain --model lying": "describes",
-    "rain --model deep": "1000 layers", "rain --model whole/vae": "a VAE without a trained flow",
-    "--file gone.txt": "no such file", "--file good": "no such file",
-    "--file binary.csv": "not a text file in UTF-8", "--file blank.txt": "nothing to make",
-    "rain --n 0": "at least 1", "rain --batch_size 0": "at least 1", "rain --seed -1": "from 0 to",
-    "rain --steps one": "invalid int", "rain --cfg 3": "unrecognized arguments",
-    "rain --model whole --steps 0": "steps is 0", "rain --model whole --guidance nan": "guidance",
-    "rain --model whole --seconds 0": "seconds is 0", "rain --model whole --seconds nan": "seconds",
-    "rain --model whole --seconds 900": "too long", "ra\\x07in --model whole": "no text",
-    "rain --model whole --vocoder wavenet": "griffin-lim, hifigan",
-    "rain --model whole --device abacus": "cpu, cuda",
-    "rain --model whole --out column.csv": "column.csv"}
+QUICK = """--device cpu --batch_size 4 --vae_steps 4 --cfm_steps 4 --rf1_steps 3 --rf2_steps 3
+    --distill_steps 3 --rf2_couplings 6 --distill_couplings 6 --rf2_coupling_steps 2
+    --distill_coupling_steps 2 --rf2_guidance 3 --anchor_steps 1 --eval_clips 4""".split()
+BAD = {     # what is typed, and what the line must say
+    "train --data nowhere.csv": "nowhere.csv: no such manifest", "train --lr fast": "invalid float",
+    "train --data bad.csv": "2 of 3 clips are bad, more than 10%", "train --lr nan": "at least 0",
+    "train --size huge": "'toy', 'small', 'base', 'large'", "train --seed -1": "at least 0",
+    "train --batch_size 0": "--batch_size is 0, must be a number of at least 1",
+    "train --rf1_pairing near": "'immiscible', 'none'", "train --device abacus": "cpu, cuda",
+    "train --learning_rate 1": "unrecognized arguments", "train --init a.ckpt": "a.ckpt",
+    "train --judge ./nowhere": "nowhere", "train --text /nowhere": "this folder of a model is",
+    "train --out bad.csv": "bad.csv", "train --out vae": "trained with other settings",
+    "train --out taken": "another run is at work", "sample '  '": "nothing to make",
+    "sample a": "no distilled model", "sample a --model vae/vae": "a VAE without a trained flow",
+    "sample a --model good": "no model here", "sample a --model out/distil": "no such folder",
+    "sample --file gone.txt": "gone.txt", "sample --file good/0.wav": "not a text file in UTF-8",
+    "sample a --n 0": "at least 1", "sample a --cfg 3": "unrecognized arguments",
+    "sample a --model . --seed -1": "seed is -1", "sample a --model . --seconds 900": "too long",
+    "sample a --model . --steps 0": "steps is 0", "sample a --model . --out bad.csv": "bad.csv"}
 
 
 @pytest.fixture(scope="module")
 def corner(tmp_path_factory) -> Path:
     """A folder of things that are wrong."""
     folder = tmp_path_factory.mktemp("corner")
-    write_clips(folder / "good", 2)
-    header, row = "audio_path,caption,split\n", "good/0.wav,a tone,"
-    for name, text in {
-            "column": "audio_path,text\ngood/0.wav,a tone\n", "empty": header,
-            "bad": f"{header}{row}\ngone.wav,a tone,\ngood/1.wav,,\n",
-            "test": f"{header}{row}test\n", "split": f"{header}{row}tset\n",
-            "folder": f"{header}good,a tone,\n",
-            "nul": f"{header}a\0b.wav,a tone,\n", "huge": f"{header}{row}{'x' * 200_000}\n",
-            **{kind: f"{header}{kind}.wav,a tone,\n" for kind in ("silent", "nan", "slow", "mp3")},
-            }.items():
-        (folder / f"{name}.csv").write_text(text)
-    (folder / "binary.csv").write_bytes(bytes(range(128, 256)))
-    (folder / "latin.csv").write_bytes(f"{header}good/0.wav,Jürgen,\n".encode("latin-1"))
-    (folder / "blank.txt").write_text("\n  \n")
-    (folder / "mp3.wav").write_bytes(b"ID3")
-    wavfile.write(folder / "silent.wav", 16000, np.zeros(0, np.int16))
-    wavfile.write(folder / "nan.wav", 16000, np.full(999, np.nan, np.float32))
-    wavfile.write(folder / "slow.wav", 1, np.zeros(999, np.int16))
-    torch.save({"state_dict": {"a": TINY}}, folder / "pickled.ckpt")
-    for name, change in {"whole": {}, "whole/vae": {"stage": "vae"}, "torn/vae": {},
-                         "lying": {"dit": {"hidden_size": 2 ** 20}},
-                         "deep": {"dit": {"depth": 10 ** 9}}}.items():
-        tiny_model().save_pretrained(folder / name)
-        config = json.loads((folder / name / "config.json").read_text())
-        config["dit"].update(change.get("dit", {}))
-        config["stage"] = change.get("stage", "")
-        (folder / name / "config.json").write_text(json.dumps(config))
-    weights = folder / "torn/vae/model.safetensors"
-    weights.write_bytes(b"\xff" * 8 + weights.read_bytes()[8:99])
-    (folder / "torn/vae/training.json").write_text('{"seconds": 1}')
-    (folder / "tornjson/vae").mkdir(parents=True)
-    (folder / "tornjson/vae/training.json").write_text('{"seco')
+    write_clips(folder / "good")
+    (folder / "bad.csv").write_text("audio_path,caption\ngood/0.wav,a tone\ngone.wav,a\n3.wav,\n")
+    tiny_model().save_pretrained(folder)
+    tiny_model(config=replace(TINY, stage="vae")).save_pretrained(folder / "vae/vae")
     (folder / "taken").mkdir()
     with lock(folder / "taken"):
         yield folder
 
 
-def one_line(capsys, script: str, *typed: str) -> str:
+def one_line(capsys, script: str, *typed) -> str:
     """What a script says when it refuses what is typed."""
     capsys.readouterr()
     code = exit_code(script, *typed)
@@ -115,68 +66,88 @@ def one_line(capsys, script: str, *typed: str) -> str:
     return said
 
 
-@pytest.mark.parametrize("typed", BAD_TRAIN)
-def test_train_refuses_wrong_input_in_one_line(corner, tmp_path, monkeypatch, capsys, typed):
+@pytest.mark.parametrize("typed", BAD)
+def test_wrong_input_is_refused_in_one_line(corner, tmp_path, monkeypatch, capsys, typed):
     monkeypatch.chdir(corner)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    more = [] if "--out" in typed else ["--out", str(tmp_path)]
-    if "--data" not in typed:
-        more += ["--data", "good/manifest.csv"]
-    if "--init" in typed:
-        more += ["--judge", ""]
-    assert BAD_TRAIN[typed] in one_line(capsys, "train.py", *shlex.split(typed), *more)
+    script, *words = shlex.split(typed)
+    if script == "train":                               # the last of a flag counts
+        words = ["--out", tmp_path, "--data", "good/manifest.csv", "--judge", "", *words]
+    assert BAD[typed] in one_line(capsys, f"{script}.py", *words)
     made = {path.suffix for path in tmp_path.rglob("*")}
-    assert not made & {".safetensors", ".pt", ".wav", ".tmp"}
+    assert not made & {".safetensors", ".pt", ".wav", ".tmp"} and not Path("samples").exists()
 
 
-@pytest.mark.parametrize("typed", BAD_SAMPLE)
-def test_sample_refuses_wrong_input_in_one_line(corner, monkeypatch, capsys, typed):
-    monkeypatch.chdir(corner)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    words = shlex.split(typed.replace("\\x07", "\x07"))
-    assert BAD_SAMPLE[typed] in one_line(capsys, "sample.py", *words)
-    assert not (corner / "samples").exists()
+def test_a_person_sees_a_run_and_hears_it_or_reads_one_line(corner, tmp_path):
+    odd = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = run(ROOT / "train.py", "--data=gone.csv", cwd=tmp_path, **odd)
+    assert done.returncode == 2 and done.stderr.startswith("train.py: gone.csv: no such")
+    assert done.stderr.count("\n") == 1
+    assert "--distill_steps" in run(ROOT / "train.py", "--help", **odd).stdout
+    data = corner / "good/manifest.csv"
+    done = run(ROOT / "train.py", "--data", data, "--out", "out/my", *QUICK, cwd=tmp_path, **odd)
+    assert done.returncode == 0, done.stderr
+    for file in ("results.json", "loss.png", "listen/index.html", "distill/README.md"):
+        assert (tmp_path / "out/my" / file).exists()
+    done = run(ROOT / "sample.py", "ω → 雨", "Rain!", "rain", "../a/b", "--n", 2, "--out", "b",
+               cwd=tmp_path, **odd)
+    assert done.returncode == 0 and (tmp_path / "b/index.html").exists(), done.stderr
+    names = {path.stem for path in (tmp_path / "b").glob("*.wav")}
+    assert len(names) == 8 and {"rain-0", "rain-2-1", "a-b-1"} <= names
 
 
-def test_no_traceback_where_a_person_sees_it(corner):
-    for script, *flags in (("train.py", "--data", "column.csv"), ("sample.py", "rain", "--n", 0)):
-        done = run(ROOT / script, *flags, cwd=corner)
-        assert done.returncode == 2 and done.stderr.startswith(f"{script}: ")
-        assert done.stderr.count("\n") == 1
+def test_a_notebook_or_no_console_is_served(tmp_path, monkeypatch):
+    monkeypatch.setitem(fa.SIZES, "toy", TINY)
+    monkeypatch.setattr(train, "evaluate", lambda run: None)
+    data = write_clips(tmp_path / "clips")
+    data.write_text(data.read_text().replace("caption", "caption,split").replace("5\n", "5,val\n"))
+    for stream in (io.StringIO(), None):                # can't be reconfigured; closed
+        monkeypatch.setattr(sys, "stdout", stream)
+        monkeypatch.setattr(sys, "stderr", stream)
+        for error, code in ((InputError, 2), (SafetensorError, 2), (KeyboardInterrupt, 130)):
+            with pytest.raises(SystemExit, match=str(code)), one_line_errors("train.py"):
+                raise error("no")
+        assert exit_code("train.py", "--data", data, "--out", tmp_path / "out", *QUICK) == 0
 
 
-@pytest.mark.parametrize("script", ["train.py", "sample.py"])
-def test_help_needs_no_torch_and_any_console_can_show_it(script):
-    code = f"""import runpy, sys
-sys.argv = [{script!r}, "--help"]
-try:
-    runpy.run_path({script!r}, run_name="__main__")
-except SystemExit:
-    assert not {{"torch", "numpy"}} & set(sys.modules)"""
-    for encoding in ("utf-8", "cp1252", "latin-1", "ascii"):
-        done = run("-c", code, PYTHONIOENCODING=encoding)
-        assert done.returncode == 0 and "--seed" in done.stdout, done.stderr
+def test_a_kernels_flags_and_a_clusters_processes_are_not_ours(monkeypatch):
+    def vae_steps(*typed: str) -> int:
+        return train.parse_flags(typed).vae_steps
+
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py", "-f", "kernel.json"])
+    monkeypatch.setenv("HOME", "/home/me")
+    assert train.parse_flags() == train.Flags() and sample.parse_flags().prompts == []
+    assert train.parse_flags(["--out", "~/x"]).out == "/home/me/x"
+    recipes = {name: recipe.get("vae_steps") for name, recipe in train.RECIPES.items()}
+    assert vae_steps("--data", "sounds") == recipes["own"] != vae_steps("--data", "toy")
+    assert vae_steps("--data", "sounds", "--vae_steps", "5") == 5
+    assert vae_steps("--data", "sounds", "--init", "maa3.ckpt") == recipes["base"]
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    with pytest.raises(InputError, match="srun .* use torchrun"):
+        join(torch.device("cpu"))
 
 
-def test_a_first_sound_waits_for_no_compiler_and_no_plots(tmp_path):
-    FlashAudio(PRESETS["toy"]).save_pretrained(tmp_path / "toy")
-    code = f"""import runpy, sys
-sys.argv = ["sample.py", "rain", "--model", {str(tmp_path / "toy")!r}, "--out", {str(tmp_path)!r}]
-runpy.run_path("sample.py", run_name="__main__")
-slow = {{"torch._dynamo", "transformers", "scipy", "pandas", "matplotlib.figure"}}
-assert not slow & set(sys.modules), slow & set(sys.modules)"""
-    done = run("-c", code)
-    assert done.returncode == 0 and (tmp_path / "rain-0.wav").exists(), done.stderr
+def test_a_function_is_known_by_name_and_code_and_a_folder_by_what_it_holds(tmp_path, monkeypatch):
+    several = [len, fa.uniform, partial(fa.mix_exp, a=1), partial(fa.mix_exp, a=2), SimpleNamespace,
+               lambda t: 3 * t,
+               lambda t: 4 * t]
+    known = [name_of(function) for function in several]
+    assert len(set(known)) == 7 and known[0] == "len" and "\n" not in "".join(known)
+    odd = type("Odd", (), {"__call__": lambda self: 0})()
+    for nameless in (odd, eval("lambda t: t"), partial(eval("lambda t: t"), 3)):
+        with pytest.raises(InputError, match="^.*give it a name.*$"):
+            name_of(nameless)
+    odd.name = "mine"
+    assert name_of(odd) == "mine"
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("a", "x"), ("b", "x"), ("c", "y")):
+        Path(name, "deep").mkdir(parents=True)
+        Path(name, "deep/model").write_text(text)
+    known = [content_of(source) for source in ("a", f"{tmp_path}/a", "./b/../a", "b", "c", "me/t5")]
+    assert len(set(known)) == 3 and known[0] == known[3] and known[5] == "me/t5"
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
-def test_any_console_can_show_a_prompt(corner, tmp_path, encoding):
-    done = run("sample.py", "ω → 雨", "--model", corner / "whole", "--steps", 2, "--guidance", 2,
-               "--out", tmp_path, PYTHONIOENCODING=encoding)
-    assert done.returncode == 0 and (tmp_path / "index.html").exists(), done.stderr
-
-
-def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path):
+def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, monkeypatch):
     page = tmp_path / "index.html"
     write_atomically(page, b"old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -186,4 +157,7 @@ def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path):
             write_atomically(page, bytes(100))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3 << 20))
+    with pytest.raises(InputError, match="mels-1.npy: 4 MiB are needed, 3 are free"):
+        cached(tmp_path / "mels-1.npy", (1 << 20,), None)
     assert page.read_bytes() == b"old" and list(tmp_path.iterdir()) == [page]

@@ -115,8 +115,7 @@ def main(argv: list[str] | None = None) -> None:
             return tune(run, RIVALS[given.tune], given.share)
     rows = best_first(compare(flags, given.seeds))
     print(markdown(table_of(rows, "rivals")), markdown(claims_of(rows)), NOTE, sep="\n\n")
-    print("A row: steps, ω when sampling (few-step models have theirs in their weights). compute: "
-          "of training,\nin CFMs. rtf: text to waveform, batch 64. straightness: of 24 steps")
+    print("compute: of training, in CFMs; rtf: text to waveform; straightness: of 24 steps")
 
 
 if __name__ == "__main__":

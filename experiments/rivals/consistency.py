@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import flashaudio as fa
-from experiments.rivals.shared import TRAINING, Rival, column, read
+from experiments.rivals.shared import TRAINING, Rival, column
 from flashaudio import FlashAudio, Velocity
 
 TEACHER_STEPS = 50                  # of the path
@@ -43,9 +43,7 @@ def consistency_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tenso
                        steps: int, guidance: float = 1.0, return_trajectory: bool = False
                        ) -> Tensor:
     """Jump to the end, go back to the next t with new noise, jump again; as fa.euler_sample.
-
-    Guidance is in the weights. The new noise of a clip depends on its first, not on its batch.
-    """
+    Guidance is in the weights. The new noise of a clip depends on its first, not on its batch."""
     seeds = [zlib.crc32(noise.cpu().numpy().tobytes()) for noise in z0]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     z, path = z0, [z0]
@@ -75,9 +73,8 @@ class Consistency(Rival):
         null = start.contexts([""])
         average = AveragedModel(start.dit, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
 
-        def loss(model: FlashAudio, z0: Tensor, z1: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        def loss(model: FlashAudio, z0: Tensor, z1: Tensor, t: Tensor, context: Tensor) -> Tensor:
             average.update_parameters(model.dit)        # the first time, it copies them
-            context = read(start, text)
             z = torch.lerp(z0, z1, column(t, z0))
             target = consistency_target(start.dit, average, z, t, context, null.expand_as(context),
                                         guidance)

@@ -1,8 +1,7 @@
 """Latent diffusion, as in AudioLDM, Tango and Make-An-Audio: 25 to 200 steps.
 
-v-prediction (Salimans and Ho 2022), cosine schedule (Nichol and Dhariwal 2021), captions dropped as
-in the CFM, DDIM with eta = 0 (Song et al. 2021), from the CFM's first weights. Time is the
-project's, t = 0 noise, t = 1 data; the papers' is 1 - t.
+v-prediction (Salimans and Ho 2022), cosine schedule (Nichol and Dhariwal 2021), DDIM with eta = 0
+(Song et al. 2021), from the CFM's first weights. The papers' time is 1 - t.
 """
 
 import math

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashaudio as fa
-from experiments.rivals.shared import TRAINING, Rival, column, read
+from experiments.rivals.shared import TRAINING, Rival, column
 from flashaudio import FlashAudio, Velocity
 
 SMOOTH = 0.03                                       # in t: see TwoTimes
@@ -20,9 +20,8 @@ SMOOTH = 0.03                                       # in t: see TwoTimes
 class TwoTimes(fa.TimeEmbedder):
     """Embeds 1000 t (B,), or 1000 (t, s) (B, 2): the CFM's own embedding of t, and of (t, s - t).
 
-    The CFM's has cosines of up to 1000 t, whose ripple hardly shows in v and makes most of ∂_t v:
-    they are averaged over a Gaussian in t of std SMOOTH, which changes v by 1%.
-    """
+    The ripple of the CFM's, up to cos 1000 t, hardly shows in v and makes most of ∂_t v: it is
+    averaged over a Gaussian in t of std SMOOTH, which changes v by 1%."""
 
     def __init__(self, width: int):
         super().__init__(width)
@@ -102,14 +101,13 @@ class MeanFlow(Rival):
     def loss(start: FlashAudio, guidance: float) -> Callable[..., Tensor]:
         null = start.contexts([""])
 
-        def loss(model: FlashAudio, z0: Tensor, z1: Tensor, times: Tensor, text: Tensor) -> Tensor:
+        def loss(model: FlashAudio, z0: Tensor, z1: Tensor, times: Tensor, c: Tensor) -> Tensor:
             t = times[:, 0]
-            context = read(start, text)
             z = torch.lerp(z0, z1, column(t, z0))
             with torch.no_grad():
-                v = guided(model.dit, z, t, z1 - z0, context, null.expand_as(context), guidance)
+                v = guided(model.dit, z, t, z1 - z0, c, null.expand_as(c), guidance)
                 far = times[:, 1] > t           # elsewhere the target is v
-                v[far] = meanflow_target(model.dit, z[far], v[far], times[far], context[far])
-            return weighted(model.dit(z, times, context) - v)
+                v[far] = meanflow_target(model.dit, z[far], v[far], times[far], c[far])
+            return weighted(model.dit(z, times, c) - v)
 
         return loss

@@ -36,9 +36,8 @@ def affordable(flags: train.Flags, forwards: float, cost: float) -> int:
 
 class Rival(fa.FlashAudio):
     """A FlashAudio that is trained in another way, and sampled by another `sampler`.
-
     It starts from the model of a stage, and has the compute that FlashAudio takes from there on.
-    loss(start, guidance), the start being frozen, makes its loss(model, z0, z1, t, text).
+    loss(start, guidance), the start being frozen, makes its loss(model, z0, z1, t, context).
     """
     label: str                                      # in the table
     start = "cfm"                                   # the stage
@@ -63,10 +62,13 @@ class Rival(fa.FlashAudio):
         start = run.load(cls.start).requires_grad_(False)
         if not run.done(stage, start, cls, *cls.uses):
             clips, model = train.Latents(run, start), cls.begin(start, flags.seed)
+            parts = clips.parts
+            if cls.start == "cfm":                                  # captions are learnt already
+                parts = ("dit",)
+                clips.texts, clips.place = run.data.contexts(start)
             dropout = flags.caption_dropout * cls.drops_captions
             own = replace(run, flags=replace(flags, caption_dropout=dropout))
             draw = partial(train.get_batch, own, stage, clips, cls.density, fa.no_pairing)
-            parts = clips.parts if cls.start == "vae" else ("dit",)     # captions are learnt once
             train.fit(run, stage, model, parts, draw, cls.loss(start, guidance), steps, lr)
         return cls.from_pretrained(run.folder(stage), str(run.device))
 
@@ -78,11 +80,6 @@ class Rival(fa.FlashAudio):
             rival = cls(model.config)
         rival.load_state_dict(model.state_dict(), strict=False)
         return rival.to(model.device)
-
-
-def read(model: fa.FlashAudio, text: Tensor) -> Tensor:
-    """The texts of a batch, contexts or not yet -> contexts (B, N, D)."""
-    return text.float() if text.is_floating_point() else model.text(text)
 
 
 def column(t: Tensor, z: Tensor) -> Tensor:
