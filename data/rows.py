@@ -151,7 +151,7 @@ def read_manifest(path: Path, sounds: dict = {}, other: str = "") -> tuple[list[
                     audio = longer
                     captions = [clean_text(",".join(words[n:]))]
             row["audio_path"] = str(audio)
-            row["split"] = FOLDS.get(path.name, {}).get(row.get("fold"), SPLITS[split])
+            row["split"] = FOLDS.get(path.name, {}).get(text_in(row, ("fold",)), SPLITS[split])
             rows += [{**row, "caption": caption} for caption in captions]
     return rows, problems
 
