@@ -117,7 +117,10 @@ def load_audio(path: str | Path, samples: int | None = None, start: int = 0,
     if not 1000 <= rate <= 1_000_000:
         raise InputError(f"{path}: says that it has {rate} samples a second")
     peak = np.abs(channels).max()
-    mono = channels.mean(1) / max(1, peak)
+    channels = channels / max(1, peak)
+    mono = channels.mean(1)
+    if np.abs(mono).max() < 0.01 * min(1, peak):    # opposite phases, which cancel each other out
+        mono = channels[:, 0]
     if peak > 1.5:                                  # a little more is usual after MP3 and the like
         print(f"{path}: samples up to {peak:.3g}, where 1 is full scale: scaled down to 1")
     if rate != SAMPLE_RATE:

@@ -1,7 +1,7 @@
 """All of Algorithm 1 on two moons, where one can watch it:  python -m experiments.moons
 
 A "sound" is a point of the plane, its caption a number: 1 is the upper moon, -1 the lower one, 0 is
-the null caption ∅. docs/moons.png and what is printed show how much the paths of each stage bend,
+the null caption ∅. What is printed and docs/moons.png show how much the paths of each stage bend,
 S(Z), and how far its one step is off: the way from what it makes to the data (fresh data: 0.07).
 """
 
@@ -51,10 +51,10 @@ def stage(number: int, name: str, z0: Tensor, z1: Tensor, density: Callable, ste
         below.scatter(*end.T, s=2, color=color)
 
 
-stage(0, "CFM", noise, data, fa.uniform)
+stage(0, "CFM", noise, data, fa.uniform)                # where lines cross, it learns their mean
 z0 = torch.cat([fa.immiscible_pairing(*part) for part in zip(noise.split(4), data.split(4))])
-stage(1, "1-RF", z0, data, fa.logit_normal)                             # Eq. 6, 7, 9
-z1 = fa.make_couplings(model, noise, c, 0 * c, 24, guidance=1.0, anchor_steps=1)
-stage(2, "2-RF", noise, z1, fa.mix_exp)                                 # Eq. 5, 8, 10 to 12
+stage(1, "1-RF", z0, data, fa.logit_normal)             # Eq. 6, 7, 9: the nearest noise among four
+z1 = fa.make_couplings(model, noise, c, 0 * c, steps=24, guidance=1.0)  # Eq. 11; try guidance=2.0
+stage(2, "2-RF", noise, z1, fa.mix_exp)                 # Eq. 5, 8, 12: pairs that do not cross
 stage(3, "distilled", noise, fa.make_couplings(model, noise, c, 0 * c, 8), torch.zeros, steps=1)
 figure.savefig("docs/moons.png")
