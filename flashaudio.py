@@ -181,14 +181,14 @@ def anchored_cfg_loss(anchor: Tensor, z: Tensor, v_cond: Tensor, v_null: Tensor,
 def optimise_null(model: Velocity, null: Tensor, anchor: Tensor, z: Tensor, t: Tensor,
                   v_cond: Tensor, guidance: float, dt: float, iterations: int, lr: float,
                   enough: float) -> tuple[Tensor, Tensor]:
-    """Move ∅_t (B, N, D) by Adam until each sample's Eq. 10 is `enough` -> ∅_t, v(z, t, ∅_t).
+    """Move ∅_t (B, ..., D) by Adam until each sample's Eq. 10 is `enough` -> ∅_t, v(z, t, ∅_t).
 
     The rate is in units of the root mean square of ∅_t. Padding, tokens of zeros, stays padding. A
     sample stops where a step would not lower its Eq. 10.
     """
-    there = (null != 0).any(2, keepdim=True)                                    # (B, N, 1)
-    unit = there * null.norm(dim=(1, 2), keepdim=True)
-    unit = unit / (there.sum(1, keepdim=True) * null.shape[2]).sqrt()
+    there = (null != 0).any(-1, keepdim=True).expand_as(null)
+    size = null.flatten(1).norm(dim=1) / there.flatten(1).sum(1).clamp(min=1).sqrt()        # (B,)
+    unit = there * size.view(-1, *[1] * (null.dim() - 1))
     way = torch.zeros_like(null).requires_grad_(True)
     optimizer = torch.optim.Adam([way], lr=lr)
     best, v_best = null.clone(), torch.full_like(z, math.nan)

@@ -219,7 +219,7 @@ class Couplings:
         run, model = self.run, self.model.to(self.run.device).requires_grad_(False)
         run.compile(model)
         null = torch.tensor(self.texts[:1]).to(run.device).float()      # frozen ones are halves
-        size = max(1, run.flags.batch_size // run.flags.grad_accum)
+        size = math.ceil(run.flags.batch_size / run.flags.grad_accum)
         for i in blocks(array, size, "pairs"):
             if array[i:i + size, 1].any((1, 2)).all():      # done by a run that was interrupted
                 continue

@@ -21,7 +21,6 @@ from flashaudio import hub_model
 from runs.run import Run
 
 HEARD = 3.0     # decades of magnitude, 60 dB: what lies further below the loudest counts as silence
-load_clips = Clips.waveforms    # the name in experiments.figures
 
 
 class ToyJudge:

@@ -7,6 +7,7 @@ Evaluation, mels, latents and a frozen text encoder come on top, minutes each.
 """
 
 import argparse
+import math
 from dataclasses import replace
 from typing import Callable
 
@@ -50,7 +51,7 @@ def plan(flags: train.Flags) -> list[dict]:
     if flags.init or flags.text != "bytes":         # stays on the hub: its contexts are enough
         tokens = 154 if flags.init else 77
         config = replace(config, text=fa.TextConfig("none"))
-    part = max(1, flags.batch_size // flags.grad_accum)     # clips that are computed at once
+    part = math.ceil(flags.batch_size / flags.grad_accum)   # clips that are computed at once
     with torch.device("meta"):
         model = fa.FlashAudio(config)
         z, t = torch.empty(part, *model.latent_shape()), torch.empty(part)
@@ -115,7 +116,7 @@ def sampling(model: fa.FlashAudio, size: int) -> dict:
 
 def training(flags: train.Flags, model: fa.FlashAudio) -> float:
     """The TFLOP/s that a part of a step of stage cfm reaches."""
-    part, device = max(1, flags.batch_size // flags.grad_accum), model.device
+    part, device = math.ceil(flags.batch_size / flags.grad_accum), model.device
     z = torch.randn(part, *model.latent_shape(), device=device)
     t = torch.rand(part, device=device)
     text = model.text.tokenize(["a bell followed by rain"] * part).to(device)

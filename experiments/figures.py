@@ -17,7 +17,6 @@ from torch import Tensor
 import flashaudio as fa
 import train
 from evaluation.evaluate import NAMES
-from evaluation.judges import load_clips
 from evaluation.listen import save_clip, write_page
 from runs.run import Run, one_line_errors
 
@@ -31,7 +30,7 @@ def one_step(out: Path, run: Run) -> None:
     rows = run.data.held_out(3)
     captions = [run.data.captions[i] for i in rows]
     mels = {"the real clip": torch.tensor(run.data.mels[run.data.file[rows]])}
-    wavs = {"the real clip": load_clips(run.data, rows)}
+    wavs = {"the real clip": run.data.waveforms(rows)}
     for stage, steps in WAYS:
         model = run.load(stage)
         title = f"{NAMES[stage]}, {steps} step{'s' * (steps > 1)}"
