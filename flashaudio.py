@@ -193,19 +193,20 @@ def optimise_null(model: Velocity, null: Tensor, anchor: Tensor, z: Tensor, t: T
     optimizer = torch.optim.Adam([way], lr=lr)
     best, v_best = null.clone(), torch.full_like(z, math.nan)
     least = z.new_full((len(z),), math.inf)
+    active = least > 0                              # a sample that has stopped does not start again
     for iteration in range(iterations + 1):         # the last one evaluates Eq. 10 alone
         with torch.set_grad_enabled(iteration < iterations):
             moved = null + unit * way
             v_null = model(z, t, moved)
             loss = anchored_cfg_loss(anchor, z, v_cond, v_null, guidance, dt)
-        better = loss < least
+        better = active & (loss < least)
         best[better] = moved[better]
         v_best[better] = v_null[better]
         least[better] = loss[better]
-        far = better & (loss >= enough)
-        if iteration == iterations or not far.any():
+        active = better & (loss >= enough)
+        if iteration == iterations or not active.any():
             break
-        way.grad, = torch.autograd.grad(loss, way, far.to(loss))        # each sample has its own ∅
+        way.grad, = torch.autograd.grad(loss, way, active.to(loss))     # each sample has its own ∅
         optimizer.step()
     return best, v_best
 

@@ -148,8 +148,8 @@ def name_of(function: Callable) -> str:
         return f"{name} {digest(inspect.getsource(function if plain else type(function)))}"
     except (OSError, TypeError) as e:               # typed into a console, or not written in Python
         if name in ("", "<lambda>"):
-            raise InputError(f"{function!r} has no source code: give it a name to be known by, as "
-                             "function.__qualname__, or as the attribute `name` of an object") from e
+            raise InputError(f"{function!r} has no source code: give it a name to be known by: "
+                             "function.__qualname__, or `name` of an object") from e
         return name
 
 
