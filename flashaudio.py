@@ -431,7 +431,8 @@ def clean_text(text: str) -> str:
     macOS hands out names in which é is two letters.
     """
     text = unicodedata.normalize("NFC", text)
-    return " ".join("".join(" " if unicodedata.category(x) == "Cc" else x for x in text).split())
+    shown = [" " if unicodedata.category(x) in ("Cc", "Cs") else x for x in text]
+    return " ".join("".join(shown).split())
 
 
 class TextEncoder(nn.Module):

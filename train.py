@@ -98,8 +98,7 @@ class Flags:
         for f in fields(self):
             value = getattr(self, f.name)
             low = 1 if isinstance(f.default, int) else 0
-            if f.name in ("seed", "loop", "anchor_steps"):
-                low = 0
+            low = {"seed": 0, "loop": 0, "anchor_steps": 0, "eval_clips": 2}.get(f.name, low)
             if isinstance(value, str):
                 setattr(self, f.name, os.path.expanduser(value))
             elif not low <= value < math.inf:

@@ -52,7 +52,10 @@ class Run:
     def notes(self, stage: str) -> dict:
         """What training.json says of a stage: settings, flags, code, seconds; {} if none."""
         file = self.folder(stage) / "training.json"
-        return json.loads(file.read_text()) if file.exists() else {}
+        try:
+            return json.loads(file.read_text()) if file.exists() else {}
+        except ValueError as e:
+            raise InputError(f"{file}: not readable; delete {file.parent}") from e
 
     def finished(self, stage: str) -> bool:
         trained = self.notes(stage).get("seconds") is not None
@@ -139,13 +142,24 @@ class Run:
 
 
 def name_of(function: Callable) -> str:
-    """What a callable is known by: its name and code. Raises InputError where it has neither."""
+    """What a callable is known by: its name, its code, and the values that it holds.
+
+    Raises InputError where it has neither name nor code.
+    """
+    def plain(x: object) -> str:
+        return name_of(x) if callable(x) else repr(x)
+
     if isinstance(function, partial):
-        return f"{name_of(function.func)} {list(function.args)} {function.keywords}"
-    plain = hasattr(function, "__qualname__")       # else an object that can be called
-    name = function.__qualname__ if plain else getattr(function, "name", "")
+        held = [function.args, function.keywords]
+        return f"{name_of(function.func)} {json.dumps(held, default=plain)}"
+    named = hasattr(function, "__qualname__")       # else an object that can be called
+    name = function.__qualname__ if named else getattr(function, "name", "")
+    held = {} if named else vars(function)
+    if inspect.isfunction(function):
+        held = inspect.getclosurevars(function).nonlocals
     try:
-        return f"{name} {digest(inspect.getsource(function if plain else type(function)))}"
+        code = digest(inspect.getsource(function if named else type(function)))
+        return f"{name} {code} {json.dumps(held, default=plain) if held else ''}".strip()
     except (OSError, TypeError) as e:               # typed into a console, or not written in Python
         if name in ("", "<lambda>"):
             raise InputError(f"{function!r} has no source code: give it a name to be known by: "
@@ -156,7 +170,7 @@ def name_of(function: Callable) -> str:
 @lru_cache
 def content_of(source: str) -> str:
     """A file or folder is known by what it holds, wherever it lies; a hub id by its own name."""
-    path = Path(source)
+    path = Path(source or "no such folder")
     files = sorted(file for file in (path, *path.rglob("*")) if file.is_file())
     return digest(*files) if files else source
 
