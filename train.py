@@ -38,7 +38,7 @@ from flashaudio import FlashAudio, InputError
 from pretrained import make_an_audio, vocoders
 from runs.cache import bar, blocks, cached, digest, write_atomically
 from runs.processes import average_gradients, barrier, join, rank_and_world
-from runs.run import Parser, Run, find_device, lock, name_of, one_line_errors, peak_memory
+from runs.run import Parser, Run, find_device, lock, name_of, one_line_errors
 
 PAIRINGS = {"immiscible": fa.immiscible_pairing, "none": fa.no_pairing}
 
@@ -250,9 +250,10 @@ def get_batch(run: Run, stage: str, source: Latents | Couplings, density: Callab
 
 
 def share(*batch: Tensor) -> list[Tensor]:
-    """The part of a batch that this process works on, where there are several."""
+    """The part of a batch that this process works on, in memory that a GPU copies on its own."""
     rank, world = rank_and_world()
-    return [x[rank::world] for x in batch]
+    part = [x[rank::world] for x in batch]
+    return [x.pin_memory() for x in part] if torch.cuda.is_available() else part
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -280,10 +281,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
     while step < steps:
         rate = lr * learning_rate(flags, step, steps)
         optimizer.param_groups[0]["lr"] = rate
-        batch = draw(step)
-        if run.device.type == "cuda":                   # copied while the GPU still computes
-            batch = [x.pin_memory() for x in batch]
-        batch = [x.to(run.device, non_blocking=True) for x in batch]
+        batch = [x.to(run.device, non_blocking=True) for x in draw(step)]
         mean = 0.0
         for part in zip(*(x.chunk(flags.grad_accum) for x in batch)):
             with fa.autocast(run.device):
@@ -323,8 +321,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
         model.scale_factor.fill_((mean.var() + std.square().mean()).rsqrt())
     seconds += time.time() - began
     run.save(stage, model.eval(), seconds)
-    print(f"{stage}: {steps} steps in {seconds:.0f} s, loss {smooth:.4f}, peak memory "
-          f"{peak_memory(run.device):.1f} GiB -> {run.folder(stage)}")
+    print(f"{stage}: {steps} steps in {seconds:.0f} s, loss {smooth:.4f} -> {run.folder(stage)}")
     if first:
         draw_losses(run.out)
     return model

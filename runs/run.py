@@ -3,7 +3,6 @@
 import argparse
 import inspect
 import json
-import math
 import os
 import platform
 import sys
@@ -223,17 +222,6 @@ def find_device(name: str = "auto") -> torch.device:
         return torch.zeros((), device=name).device
     except (RuntimeError, AssertionError) as e:
         raise InputError(f"device '{name}' is not here: use cpu, cuda, cuda:0, mps or auto") from e
-
-
-def peak_memory(device: torch.device) -> float:
-    """GiB, of the GPU where there is one, else of this process; NaN on Windows."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    if os.name == "nt":
-        return math.nan
-    import resource
-    unit = 2 ** 30 if sys.platform == "darwin" else 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def hardware(device: torch.device) -> str:
