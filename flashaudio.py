@@ -13,7 +13,7 @@ A flow that is trained in the usual way bends, so it takes many small steps to f
 network is trained three times more, until one step is enough:
 
     CFM        flow matching: noise and data paired at random                      24 steps
-    1-RF       rectified flow: t drawn in the middle, each clip gets near noise    24 steps
+    1-RF       rectified flow: more t in the middle, noise matched to each clip    24 steps
     2-RF       reflow: trained on the (noise, sample) pairs that the 1-RF makes    a few steps
     distilled  trained at t = 0 on the pairs that the 2-RF makes                   one step
 
@@ -21,7 +21,8 @@ Notation:
     z0  noise ~ N(0, I) at t = 0        z1  audio latent at t = 1       z_t = (1 - t) z0 + t z1
     v   velocity dz_t / dt              c   context (B, N, D)           ∅   null context, that of ""
     ω   guidance scale                  NFE evaluations of the network
-    B batch   C latent channels   L latent frames   T mel frames   N text tokens   D context width
+    B batch   C latent channels   L latent frames   N text tokens   D context width
+    T mel frames; in Eq. 14 Euler steps
 Time runs from noise (0) to data (1). SD3, MeanFlow and TangoFlux run it the other way.
 
 From the paper to the code, and why:
@@ -35,13 +36,13 @@ From the paper to the code, and why:
     Eq. 10  anchored_cfg_loss     Guidance leads away from the flow's own paths. The anchor holds it
                                   back, and must stop early: converged, v(∅) = v(c), and the
                                   guidance is gone.
-    Eq. 5, 12  rectified_flow_loss   on these pairs is the reflow: nothing crosses, so it can
+    Eq. 5, 12  rectified_flow_loss   on couplings is the reflow: nothing crosses, so it can
                                   learn straight paths.
     Eq. 8   mix_exp               A straight path is decided at its ends: at t = 0, where the
                                   network sees noise alone, and at t = 1, where the details are.
     Eq. 13  distill_loss          One step asks for v at t = 0 alone, so this trains nothing else.
     Eq. 14  euler_sample          Straight paths need one step, bent ones many.
-    Fig. 2  straightness          How much velocities differ from the way that they add up to.
+    Fig. 2  straightness          How much velocities differ from their mean, z1 - z0.
     Algorithm 1                   The order of the stages: main() in train.py.
 """
 
@@ -220,7 +221,7 @@ def anchored_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor, 
     z0 (B, ...), context and null (B, N, D) -> z1 (B, ...). After null-text inversion (Mokady et al.
     2023), the paper's source: ∅ is carried from step to step, each step has a fresh Adam of rate
     lr (1 - t/2) and at most `anchor_steps` iterations, and leaves alone a sample with a loss below
-    tolerance x (1 + 100 t) x (50 / steps)². Converged it would undo the guidance: few are meant.
+    tolerance x (1 + 100 t) x (50 / steps)². Use few: converged, it undoes the guidance.
     """
     anchor = euler_sample(model, z0, context, steps=steps, return_trajectory=True)
     dt = 1 / steps
@@ -416,7 +417,7 @@ def vae_loss(vae: MelVAE, mel: Tensor, noise: Tensor, kl_weight: float) -> Tenso
 
 @dataclass
 class TextConfig:
-    encoder: str = "bytes"                        # "none", of TEXT_ENCODERS, or of transformers
+    encoder: str = "bytes"                        # "none", key of TEXT_ENCODERS, or hub id
     max_length: int = 128                         # bytes or tokens; longer captions are cut
     layers: int = 4                               # of the byte encoder; its width is context_dim
     heads: int = 8
@@ -667,7 +668,7 @@ class TimeEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        """t (B,) in 0..1000 -> (B, width)."""
+        """1000 t (B,) -> (B, width)."""
         place = torch.arange(128, dtype=torch.float32, device=t.device)
         frequency = torch.exp(-math.log(10000) * place / 128)
         angle = t[:, None] * frequency              # float32 at least: bf16 has no room for 1000 t
@@ -691,8 +692,8 @@ class DiT(nn.Module):
     """Diffusion transformer of Make-An-Audio 3 ("Flag-DiT"): adaLN from time and pooled text.
 
     RoPE tells frames how far apart they are, not where they are. At t = 0 every frame is noise, and
-    nothing else tells the first half of "a bell followed by rain" from the second: all that the
-    distilled model sees. `absolute_positions` adds sinusoids of the place (Vaswani et al. 2017).
+    nothing else tells the first half of "a bell followed by rain" from the second. The distilled
+    model sees t = 0 alone. `absolute_positions` adds sinusoids of the place (Vaswani et al. 2017).
     """
 
     def __init__(self, config: DiTConfig):
@@ -728,8 +729,8 @@ class DiT(nn.Module):
         length = z.shape[-1]                        # at most max_len
         rope = self.rope[:, :length]
         time = (1000 * t).floor() if self.integer_time else 1000 * t
-        there = context.any(2)                      # (B, N): padding is all zeros, and not heard
-        there = there | ~there.any(1, keepdim=True)         # of nothing but padding: all
+        there = context.any(2)                      # (B, N): tokens of zeros are masked
+        there = there | ~there.any(1, keepdim=True)         # all masked: mask none
         pooled = context.sum(1) / there.sum(1, keepdim=True)
         c = self.t_embedder(time) + self.cap_embedder(pooled)       # (B, width)
         x = self.proj_in(z.transpose(1, 2)) + self.places[:length]              # (B, L, width)
@@ -765,7 +766,7 @@ SIZES: dict[str, FlashAudioConfig] = {
         DiTConfig(context_dim=128, hidden_size=192, num_heads=6, depth=3, max_len=256,
                   absolute_positions=True),
         TextConfig(max_length=64, layers=2, heads=4), frames=128),
-    # 74M: Table 5 gives counts alone, sizes here and in large are chosen. VAE of 53M, 4.992 s: ours
+    # 74M as in Table 5, which gives no shapes: ours, here and in large. VAE of 53M, 4.992 s: ours
     "small": FlashAudioConfig(VAEConfig(channels=192),
                               DiTConfig(hidden_size=512, num_heads=16, depth=12,
                                         absolute_positions=True), frames=312),
@@ -832,7 +833,7 @@ def autocast(device: torch.device) -> torch.autocast:
 
 class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
                  pipeline_tag="text-to-audio", paper_url="https://arxiv.org/abs/2410.12266"):
-    """VAE + text encoder + DiT + latent scale: latents are the VAE's x scale_factor, of std 1."""
+    """VAE + text encoder + DiT; z1 = scale_factor * the VAE's latent, so that its std is 1."""
 
     sampler = staticmethod(euler_sample)            # a fork's model may have another
     card = ""                                       # README.md, for the hub
@@ -879,7 +880,7 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
         return self.config.vae.embed_dim, length
 
     def noise(self, prompts: list[str], seed: int, shape: tuple[int, int]) -> Tensor:
-        """z0 (B, C, L): the k-th copy of a prompt has the noise of seed + k, whatever else."""
+        """z0 (B, C, L): the k-th copy of a prompt (k from 0) has the noise of seed + k."""
         draws = []
         for i, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seed + prompts[:i].count(prompt))
@@ -904,7 +905,7 @@ class FlashAudio(nn.Module, PyTorchModelHubMixin, library_name="flashaudio",
         if seed is not None and not 0 <= seed < 2 ** 31:
             raise InputError(f"seed is {seed}, must be from 0 to {2 ** 31 - 1}")
         if self.text is None and (guidance != 1.0 or not isinstance(prompts, Tensor)):
-            raise InputError("this model has no text stage: give it contexts, and no guidance")
+            raise InputError("this model has no text encoder: give it contexts, and no guidance")
         if isinstance(prompts, Tensor):
             return prompts
         prompts = [prompts] if isinstance(prompts, str) else list(prompts or [])

@@ -45,11 +45,11 @@ PAIRINGS = {"immiscible": fa.immiscible_pairing, "none": fa.no_pairing}
 
 @dataclass
 class Flags:
-    """The defaults are the toy recipe; RECIPES has what others change. A stage depends on the flags
-    above its own last one, but for those that say where and how fast a run goes."""
-    size: str = "toy"               # size of the model, with its recipe: toy, small, base or large
+    """Defaults: the toy recipe; RECIPES has what others change. A stage depends on all flags down
+    to its own last one, except those on where and how fast a run goes."""
+    size: str = "toy"               # size and its recipe (toy's is shown): toy, small, base, large
     data: str = "toy"               # folder of sounds, CSV with audio_path,caption[,split], or toy
-    windows: int = 4                # a long recording becomes at most so many clips
+    windows: int = 4                # most clips that one recording is cut into
     loop: bool = False              # repeat a short sound to a clip's length; else silence follows
     out: str = ""                   # folder of the run; out/<size> if not given
     init: str = ""                  # Make-An-Audio 3 file, or repo_id:path, in place of vae and cfm
@@ -62,9 +62,9 @@ class Flags:
     lr: float = 1.5e-3              # peak learning rate of cfm, rf2 and distill
     lr_end: float = 0.05            # learning rate at the end, as a share of the peak
     warmup: int = 50                # steps in which the learning rate rises to its peak
-    grad_clip: float = 1.0          # largest gradient norm; the public code's
+    grad_clip: float = 1.0          # largest gradient norm; Make-An-Audio 3's
     ema: float = 0.995              # decay of the average of the weights, which is what is saved
-    caption_dropout: float = 0.2    # share of captions that are replaced by ""; the public code's
+    caption_dropout: float = 0.2    # share of captions replaced by ""; Make-An-Audio 3's
     # vae
     vae_steps: int = 900            # steps of stage vae
     vae_lr: float = 1.5e-3          # peak learning rate of stage vae
@@ -84,9 +84,9 @@ class Flags:
     anchor_tol: float = 1e-5        # loss of Eq. 10 at t = 0 below which a sample is left alone
     rf2_steps: int = 1600           # steps of stage rf2
     # distill
-    distill_couplings: int = 12000  # pairs that distill is trained on; few are learnt by heart
+    distill_couplings: int = 12000  # pairs that distill is trained on; it overfits on few
     distill_coupling_steps: int = 4  # Euler steps that make a pair of distill
-    distill_guidance: float = 1.0   # guidance scale of the pairs of distill; the 2-RF has learnt ω
+    distill_guidance: float = 1.0   # guidance scale of the pairs of distill; 1: the 2-RF has it
     distill_steps: int = 1500       # steps of stage distill
     # how it is judged and saved
     eval_clips: int = 160           # held-out captions in the table
@@ -110,7 +110,7 @@ class Flags:
 
 
 JUDGE = "laion/clap-htsat-unfused"
-# Other sounds than the toy set's, at its size: chosen on drum hits, recordings and notes, errata.md
+# --data at toy size: chosen on drum hits, recordings and notes, see docs/errata.md
 OWN = dict(
     vae_steps=5400, vae_kl_weight=1e-2,     # recordings need a sharper latent than the toy's sounds
     rf1_pairing="none",                     # pairing pulls captions towards their common mean
@@ -122,7 +122,7 @@ EVENING = dict(
     vae_lr=3e-4, vae_frames=128, vae_kl_weight=1e-3,    # 1e-2 tolerates 4 dB of error
     cfm_steps=45_000, rf1_pairing="none", rf1_steps=10_000, rf1_lr=1e-4,        # as above
     rf2_couplings=100_000, rf2_coupling_steps=12, rf2_guidance=2.0, anchor_steps=0,
-    rf2_steps=20_000, distill_couplings=200_000, distill_steps=15_000,  # few are learnt by heart
+    rf2_steps=20_000, distill_couplings=200_000, distill_steps=15_000,  # it overfits on few
     eval_clips=400, save_every=300.0, judge=JUDGE, vocoder="hifigan:microsoft/speecht5_hifigan")
 # The paper gives batch, learning rate and steps of the 1-RF (§4.1) and has --init (§3.2); rest ours
 PAPER = dict(
@@ -162,11 +162,10 @@ def main(run: Run) -> None:
         evaluate(run)                                       # Eq. 14
 
 
-# ---- Batches: a source has rows, ends (noise and data), texts, and each row's place in them ------
+# ---- Batches: a source has rows, their ends (noise, data), and texts[place[row]], their captions -
 
 class Latents:
-    """A source of batches: noise, and what the VAE makes of clips; of those to train on, if no
-    others are named."""
+    """A source of batches: noise, and VAE latents of clips, by default of those to train on."""
 
     def __init__(self, run: Run, model: FlashAudio, rows: np.ndarray | None = None):
         data = run.data
@@ -217,7 +216,7 @@ class Couplings:
     def fill(self, array: np.ndarray) -> None:
         run, model = self.run, self.model.to(self.run.device).requires_grad_(False)
         run.compile(model)
-        null = torch.tensor(self.texts[:1]).to(run.device).float()      # frozen ones are halves
+        null = torch.tensor(self.texts[:1]).to(run.device).float()      # may be float16
         size = math.ceil(run.flags.batch_size / run.flags.grad_accum)
         for i in blocks(array, size, "pairs"):
             if array[i:i + size, 1].any((1, 2)).all():      # done by a run that was interrupted
@@ -250,7 +249,7 @@ def get_batch(run: Run, stage: str, source: Latents | Couplings, density: Callab
 
 
 def share(*batch: Tensor) -> list[Tensor]:
-    """The part of a batch that this process works on, in memory that a GPU copies on its own."""
+    """The part of a batch that this process works on, pinned for the GPU."""
     rank, world = rank_and_world()
     part = [x[rank::world] for x in batch]
     return [x.pin_memory() for x in part] if torch.cuda.is_available() else part
@@ -263,7 +262,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
         check: Callable[[int], list[Tensor]] | None = None) -> FlashAudio:
     """Train `parts` of the model on loss(model, *draw(step)); save the average of its weights.
 
-    check: i -> a batch of clips that are held out, whose loss is printed ten times a stage.
+    check: i -> a batch of validation clips, whose loss is printed ten times a stage.
     """
     flags, first = run.flags, rank_and_world()[0] == 0
     model.to(run.device).requires_grad_(False)
@@ -315,7 +314,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
                         "weights": weights, "optimizer": optimizer.state_dict()}, state)
             write_atomically(checkpoint, state.getbuffer())
     torch._foreach_copy_([p.detach() for p in weights], ema)
-    if "vae" in parts:                                  # latents of std 1; over clips, not a batch
+    if "vae" in parts:                                  # scale latents to std 1, over 1024 clips
         files = run.data.file[run.data.some(min(1024, len(run.data.train)), flags.seed)]
         mean, std = torch.from_numpy(run.data.latents(model)[files]).unbind(1)
         model.scale_factor.fill_((mean.var() + std.square().mean()).rsqrt())
@@ -354,7 +353,7 @@ def resume(checkpoint: Path, weights: list[Tensor], ema: list[Tensor],
 @torch.no_grad()
 def held_out_loss(run: Run, model: FlashAudio, loss: Callable[..., Tensor],
                   check: Callable[[int], list[Tensor]]) -> float:
-    """Mean loss of 128 held-out clips, each time with the same noise and t."""
+    """Mean loss of 128 validation clips, each time with the same noise and t."""
     losses = []
     for i in range(max(1, 128 // run.flags.batch_size)):
         with fa.autocast(run.device):

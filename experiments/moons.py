@@ -2,7 +2,7 @@
 
 A "sound" is a point of the plane, its caption a number: 1 is the upper moon, -1 the lower one, 0 is
 the null caption ∅. What is printed and docs/moons.png show how much the paths of each stage bend,
-S(Z), and how far its one step is off: the way from what it makes to the data (fresh data: 0.07).
+S(Z), and how far one step is off: its points' mean distance to paired data (fresh data: 0.07).
 """
 
 from typing import Callable
@@ -53,7 +53,7 @@ def stage(number: int, name: str, z0: Tensor, z1: Tensor, density: Callable, ste
 
 stage(0, "CFM", noise, data, fa.uniform)                # where lines cross, it learns their mean
 z0 = torch.cat([fa.immiscible_pairing(*part) for part in zip(noise.split(4), data.split(4))])
-stage(1, "1-RF", z0, data, fa.logit_normal)             # Eq. 6, 7, 9: the nearest noise among four
+stage(1, "1-RF", z0, data, fa.logit_normal)             # Eq. 6, 7, 9: four noises to four data
 z1 = fa.make_couplings(model, noise, c, 0 * c, steps=24, guidance=1.0)  # Eq. 11; try guidance=2.0
 stage(2, "2-RF", noise, z1, fa.mix_exp)                 # Eq. 5, 8, 12: pairs that do not cross
 stage(3, "distilled", noise, fa.make_couplings(model, noise, c, 0 * c, 8), torch.zeros, steps=1)

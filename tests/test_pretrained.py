@@ -142,7 +142,7 @@ def test_the_music_model_has_t5_alone_and_a_bare_one_takes_contexts(public, tmp_
     torch.save(bare, tmp_path / "bare.ckpt")
     model = make_an_audio.load(tmp_path / "bare.ckpt")
     assert model.generate(torch.zeros(2, 5, 16), seconds=0.512, seed=0).shape == (2, 8192)
-    with pytest.raises(InputError, match="no text stage"):
+    with pytest.raises(InputError, match="no text encoder"):
         model.generate(["a bell"])
 
 
