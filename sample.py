@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from evaluation.listen import file_names, save_clip, write_page
-from flashaudio import SAMPLE_RATE, TEXT_ENCODERS, FlashAudio, InputError
+from flashaudio import SAMPLE_RATE, TEXT_ENCODERS, FlashAudio, InputError, clean_text
 from pretrained import make_an_audio, vocoders
 from runs.run import Parser, find_device, one_line_errors
 
@@ -62,8 +62,7 @@ def read_prompts(flags: argparse.Namespace) -> list[str]:
             prompts += flags.file.expanduser().read_text(encoding="utf-8-sig").splitlines()
         except ValueError as e:
             raise InputError(f"{flags.file}: not a text file in UTF-8") from e
-    stripped = [prompt.strip() for prompt in prompts]
-    prompts = list(dict.fromkeys(prompt for prompt in stripped if prompt))
+    prompts = list(filter(None, dict.fromkeys(map(clean_text, prompts))))
     if not prompts:
         raise InputError('there is nothing to make: give a prompt, such as "a bell, then rain"')
     return prompts

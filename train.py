@@ -103,6 +103,8 @@ class Flags:
                 setattr(self, f.name, os.path.expanduser(value))
             elif not low <= value < math.inf:
                 raise InputError(f"--{f.name} is {value}, must be a number of at least {low}")
+        if self.seed >= 2 ** 31 or self.caption_dropout > 1:
+            raise InputError("--seed must be below 2^31, --caption_dropout at most 1")
         for name, known in (("size", fa.SIZES), ("rf1_pairing", PAIRINGS)):
             if getattr(self, name) not in known:
                 raise InputError(f"--{name} is {getattr(self, name)}, must be one of {list(known)}")
@@ -249,10 +251,9 @@ def get_batch(run: Run, stage: str, source: Latents | Couplings, density: Callab
 
 
 def share(*batch: Tensor) -> list[Tensor]:
-    """The part of a batch that this process works on, pinned for the GPU."""
+    """The part of a batch that this process works on, where there are several."""
     rank, world = rank_and_world()
-    part = [x[rank::world] for x in batch]
-    return [x.pin_memory() for x in part] if torch.cuda.is_available() else part
+    return [x[rank::world] for x in batch]
 
 
 # ---- The loop ------------------------------------------------------------------------------------
@@ -280,7 +281,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
     while step < steps:
         rate = lr * learning_rate(flags, step, steps)
         optimizer.param_groups[0]["lr"] = rate
-        batch = [x.to(run.device, non_blocking=True) for x in draw(step)]
+        batch = [x.to(run.device) for x in draw(step)]
         mean = 0.0
         for part in zip(*(x.chunk(flags.grad_accum) for x in batch)):
             with fa.autocast(run.device):
@@ -313,6 +314,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
             torch.save({"step": step, "seconds": line["seconds"], "loss": smooth, "ema": ema,
                         "weights": weights, "optimizer": optimizer.state_dict()}, state)
             write_atomically(checkpoint, state.getbuffer())
+    progress.close()
     torch._foreach_copy_([p.detach() for p in weights], ema)
     if "vae" in parts:                                  # scale latents to std 1, over 1024 clips
         files = run.data.file[run.data.some(min(1024, len(run.data.train)), flags.seed)]
@@ -404,7 +406,11 @@ def import_public(run: Run) -> FlashAudio:
     if not run.done("cfm"):
         text = run.flags.text
         tokenizers = None if text == "bytes" else tuple(text.split(","))
-        run.save("cfm", make_an_audio.load(run.flags.init, tokenizers, str(run.device)))
+        model = make_an_audio.load(run.flags.init, tokenizers, str(run.device))
+        if model.text is None:
+            raise InputError(f"{run.flags.init}: has no text stage, so it can't be trained on")
+        model.config.frames = run.data.mels.shape[2]        # of the clips to be trained on
+        run.save("cfm", model)
     return run.load("cfm")
 
 

@@ -209,7 +209,8 @@ class Clips:
             for i in blocks(array, 64, "contexts"):
                 array[i:i + 64] = model.text(distinct[i:i + 64]).float().cpu().numpy()
 
-        key = digest(distinct, model.text, asdict(model.config.text))
+        frozen = getattr(model.text, "frozen", [])      # no submodule, but its weights count
+        key = digest(distinct, model.text, *frozen, asdict(model.config.text))
         shape = (len(distinct), *model.text([""]).shape[1:])
         dtype = np.float32 if model.text.trained else np.float16    # large encoders: gigabytes
         contexts = cached(self.cache / f"contexts-{key}.npy", shape, fill, dtype)

@@ -17,7 +17,7 @@ from data import toy
 from data.clips import Clips
 from evaluation import toy_judge
 from evaluation.measures import clap_score, frechet_distance, kl_divergence
-from flashaudio import hub_model
+from flashaudio import InputError, hub_model
 from runs.run import Run
 
 HEARD = 3.0     # decades of magnitude, 60 dB: what lies further below the loudest counts as silence
@@ -70,8 +70,9 @@ class NearestClip:
         self.heard = audible(fa.mel_spectrogram(wav))
         self.fresh = wav
         real = self.hear(wav)
-        files, first = np.unique(data.file[data.train], return_index=True)
-        spare = data.train[first[~np.isin(files, data.file[rows])]]     # each of another recording
+        whole = data.train[data.start[data.train] == 0]     # as rows are: no later windows
+        files, first = np.unique(data.file[whole], return_index=True)
+        spare = whole[first[~np.isin(files, data.file[rows])]]          # each of another recording
         spare = np.random.default_rng(0).permutation(spare)[:len(rows)]
         others = self.hear(data.waveforms(spare)) if len(spare) > 1 else real
         # fd is along the main axes of others: of more than one for four clips it is mostly chance
@@ -162,6 +163,9 @@ def is_toy(data: Clips) -> bool:
 
 def check_judge(source: str, data: Clips) -> None:
     """Ask for what the evaluation will need, before the work and not after it. InputError."""
+    if len(data.held_out(2)) < 2:
+        raise InputError("the table compares 2 clips or more, and there is one to judge by: give "
+                         "the test split another clip, or none")
     if source and not is_toy(data):
         from transformers import AutoConfig
         hub_model(AutoConfig, source)

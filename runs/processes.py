@@ -29,7 +29,7 @@ def join(device: torch.device) -> torch.device:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))        # one for each
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
     if rank_and_world()[0] > 0:

@@ -154,8 +154,11 @@ def name_of(function: Callable) -> str:
     named = hasattr(function, "__qualname__")       # else an object that can be called
     name = function.__qualname__ if named else getattr(function, "name", "")
     held = {} if named else vars(function)
+    if inspect.ismethod(function):
+        held = vars(function.__self__)
     if inspect.isfunction(function):
-        held = inspect.getclosurevars(function).nonlocals
+        held = {"defaults": [function.__defaults__, function.__kwdefaults__],
+                **inspect.getclosurevars(function).nonlocals}
     try:
         code = digest(inspect.getsource(function if named else type(function)))
         return f"{name} {code} {json.dumps(held, default=plain) if held else ''}".strip()
