@@ -107,13 +107,18 @@ def immiscible_pairing(z0: Tensor, z1: Tensor) -> Tensor:
     from scipy.optimize import linear_sum_assignment
     distance = torch.cdist(z1.flatten(1).float(), z0.flatten(1).float(),
                            compute_mode="use_mm_for_euclid_dist")                           # (B, B)
-    _, column = linear_sum_assignment(distance.cpu().numpy())
-    return z0[torch.from_numpy(column).to(z0.device)]
+    _, nearest = linear_sum_assignment(distance.cpu().numpy())
+    return z0[torch.from_numpy(nearest).to(z0.device)]
 
 
 def no_pairing(z0: Tensor, z1: Tensor) -> Tensor:
     """Noise and data as they come, paired at random: flow matching."""
     return z0
+
+
+def column(t: Tensor, z: Tensor) -> Tensor:
+    """t (B,) as (B, 1, ...), to multiply z (B, ...) by."""
+    return t.view(-1, *[1] * (z.dim() - 1))
 
 
 def rectified_flow_loss(model: Velocity, z0: Tensor, z1: Tensor, t: Tensor, context: Tensor,
@@ -123,7 +128,7 @@ def rectified_flow_loss(model: Velocity, z0: Tensor, z1: Tensor, t: Tensor, cont
     z0, z1 (B, ...), t (B,); averaged over elements. sigma_min > 0 leaves that much noise in the
     data end: 1e-4 is the public CFM objective.
     """
-    s = t.view(-1, *[1] * (z1.dim() - 1))           # (B, 1, ...)
+    s = column(t, z1)                               # (B, 1, ...)
     z_t = (1 - (1 - sigma_min) * s) * z0 + s * z1
     return F.mse_loss(model(z_t, t, context), z1 - (1 - sigma_min) * z0)
 
@@ -189,7 +194,7 @@ def optimise_null(model: Velocity, null: Tensor, anchor: Tensor, z: Tensor, t: T
     """
     there = (null != 0).any(-1, keepdim=True).expand_as(null)
     size = null.flatten(1).norm(dim=1) / there.flatten(1).sum(1).clamp(min=1).sqrt()        # (B,)
-    unit = there * size.view(-1, *[1] * (null.dim() - 1))
+    unit = there * column(size, null)
     way = torch.zeros_like(null).requires_grad_(True)
     optimizer = torch.optim.Adam([way], lr=lr)
     best, v_best = null.clone(), torch.full_like(z, math.nan)

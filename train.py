@@ -19,6 +19,7 @@ import re
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -167,11 +168,11 @@ def main(run: Run) -> None:
 # ---- Batches: a source has rows, their ends (noise, data), and texts[place[row]], their captions -
 
 class Latents:
-    """A source of batches: noise, and VAE latents of clips, by default of those to train on."""
+    """A source of batches: noise, and VAE latents of the clips to train on."""
 
-    def __init__(self, run: Run, model: FlashAudio, rows: np.ndarray | None = None):
+    def __init__(self, run: Run, model: FlashAudio):
         data = run.data
-        self.rows = data.train if rows is None else rows
+        self.rows = data.train
         self.file = data.file
         self.posterior = data.latents(model)        # mean and std, (files, 2, C, L)
         self.scale = model.scale_factor.cpu()
@@ -317,8 +318,8 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
     progress.close()
     torch._foreach_copy_([p.detach() for p in weights], ema)
     if "vae" in parts:                                  # scale latents to std 1, over 1024 clips
-        files = run.data.file[run.data.some(min(1024, len(run.data.train)), flags.seed)]
-        mean, std = torch.from_numpy(run.data.latents(model)[files]).unbind(1)
+        posterior = run.data.latents(model)[run.data.some_files(flags.seed)]
+        mean, std = torch.from_numpy(posterior).unbind(1)
         model.scale_factor.fill_((mean.var() + std.square().mean()).rsqrt())
     seconds += time.time() - began
     run.save(stage, model.eval(), seconds)
@@ -397,7 +398,8 @@ def new_model(run: Run) -> FlashAudio:
     with torch.random.fork_rng(devices=[]):             # the global generator stays as it was
         torch.manual_seed(run.flags.seed)
         model = FlashAudio(config)
-    model.vae.center(torch.from_numpy(run.data.some_mels(run.flags.seed).mean((0, 2))))
+    mels = run.data.mels[run.data.some_files(run.flags.seed)]
+    model.vae.center(torch.from_numpy(mels.mean((0, 2))))
     return model
 
 
@@ -420,7 +422,9 @@ def train_flow(run: Run, stage: str, model: FlashAudio, pairing: Callable[..., T
     """What cfm and rf1 share: the flow and the text encoder are trained on clips."""
     if run.done(stage, model, pairing, density, loss):
         return run.load(stage)
-    clips, others = Latents(run, model), Latents(run, model, run.data.validation)
+    clips = Latents(run, model)
+    others = copy(clips)
+    others.rows = run.data.validation
     draw = partial(get_batch, run, stage, clips, density, pairing)
     check = partial(get_batch, run, f"{stage}, held out", others, density, pairing)
     return fit(run, stage, model, clips.parts, draw, loss, steps, lr,

@@ -8,6 +8,7 @@ import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Callable
 
@@ -28,11 +29,16 @@ def pieces(length: int, samples: int, most: int) -> list[int]:
     return [i * (length - samples) // max(1, count - 1) for i in range(count)]
 
 
+@lru_cache(maxsize=2)                       # every step of an epoch asks for it
+def order(n: int, epoch: int, seed: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
 def batch_indices(n: int, size: int, step: int, seed: int) -> np.ndarray:
     """Which of n clips are in this step: each once per epoch, in an order of epoch and seed."""
     epoch, first = divmod(step * size, n)
     epochs = range(epoch, epoch + math.ceil((first + size) / n))
-    orders = [np.random.default_rng((seed, number)).permutation(n) for number in epochs]
+    orders = [order(n, number, seed) for number in epochs]
     return np.concatenate(orders)[first:first + size]
 
 
@@ -44,7 +50,7 @@ def in_threads(work: Callable, items: list, text: str):
             yield from zip(block, pool.map(work, block))
 
 
-def content_of(path: str) -> tuple[str, int]:
+def look_at(path: str) -> tuple[str, int]:
     """Digest of what a file holds, or the name of one that isn't there; its samples of 16 kHz."""
     try:
         return digest(Path(path)), samples_in(path)
@@ -76,7 +82,7 @@ class Clips:
         if not rows:
             raise InputError(": ".join([f"{source}: holds no usable clips", *problems[:1]]))
         paths = sorted({row["audio_path"] for row in rows})
-        known = dict(in_threads(content_of, paths, "files"))
+        known = dict(in_threads(look_at, paths, "files"))
         clips, files = [], {}
         for row in rows:
             content, length = known[row["audio_path"]]
@@ -171,9 +177,9 @@ class Clips:
         """Numbers of n rows to train on, in the seed's order; all come before one comes again."""
         return self.train[batch_indices(len(self.train), n, 0, seed)]
 
-    def some_mels(self, seed: int) -> np.ndarray:
-        """Mels (up to 1024, 80, T), for what is measured over the training set."""
-        return self.mels[self.file[self.some(min(1024, len(self.train)), seed)]]
+    def some_files(self, seed: int) -> np.ndarray:
+        """Numbers of up to 1024 mels, for what is measured over the training set."""
+        return self.file[self.some(min(1024, len(self.train)), seed)]
 
     def held_out(self, clips: int) -> np.ndarray:
         """Numbers of rows to judge by: of the test split, of training where there is none.

@@ -5,7 +5,6 @@ A stage is trained once for all rows that agree in what it depends on; <out>/see
 train.py, and a row that is a file in <out>/rows was measured: the same command goes on.
 """
 
-import argparse
 import json
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
@@ -20,7 +19,7 @@ import train
 from evaluation.evaluate import Table, in_parts, markdown
 from experiments.tables import claims_of, kept_row, table_of, write_rows
 from runs.cache import bar, digest
-from runs.run import WHERE, Run, name_of, one_line_errors
+from runs.run import WHERE, Parser, Run, name_of, one_line_errors
 
 NOTE = """mean ± standard error over seeds. A difference is one less the other, ± half of its 95%
 interval, seeds paired. Shown: at a false discovery rate of 5% over the table of claims."""
@@ -215,10 +214,9 @@ def ablate(flags: train.Flags, seeds: int, text: str = "") -> list[dict]:
     return rows
 
 
-def new_parser(name: str, text: str) -> argparse.ArgumentParser:
+def new_parser(name: str, text: str) -> Parser:
     """With what every experiment over seeds is asked."""
-    parser = argparse.ArgumentParser(name, description=text,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(name, text)
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds, from 0 on [5]")
     parser.add_argument("--out", default="out/seeds", help="folder of the runs [out/seeds]")
     parser.add_argument("--data", default="toy", help="folder or CSV of sounds [the toy set]")

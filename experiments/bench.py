@@ -6,7 +6,6 @@
 Evaluation, mels, latents and a frozen text encoder come on top, minutes each.
 """
 
-import argparse
 import math
 from dataclasses import replace
 from typing import Callable
@@ -19,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import flashaudio as fa
 import train
 from evaluation.evaluate import markdown
-from runs.run import find_device, hardware, one_line_errors
+from runs.run import Parser, find_device, hardware, one_line_errors
 
 
 def coupling_cost(flags: train.Flags, stage: str) -> int:
@@ -136,8 +135,7 @@ def training(flags: train.Flags, model: fa.FlashAudio) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("experiments.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("experiments.bench", __doc__)
     parser.add_argument("--plan", type=float, help="TFLOP/s to estimate by; nothing is run")
     parser.add_argument("--size", default="toy", help="sizes of train.py: toy,small,base [toy]")
     given = parser.parse_args(argv)

@@ -5,7 +5,6 @@ listen/index.html  the same to be heard, small enough to be published
 loss_by_time.png   where on a path each loss is made, and where each density looks
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import flashaudio as fa
 import train
 from evaluation.evaluate import NAMES
 from evaluation.listen import save_clip, write_page
-from runs.run import Run, one_line_errors
+from runs.run import Parser, Run, one_line_errors
 
 WAYS = (("cfm", 24), ("cfm", 1), ("distill", 1), ("rf2", 4))            # stage, steps
 STORY = """The first captions of the test split, not chosen: the recording, then what is made of its
@@ -94,8 +93,7 @@ def loss_by_time(path: Path, run: Run) -> None:
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("experiments.figures", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("experiments.figures", __doc__)
     parser.add_argument("run", type=Path, help="folder of a finished run of train.py")
     parser.add_argument("--out", type=Path, default=Path("docs"), help="folder to write to [docs]")
     given = parser.parse_args(argv)

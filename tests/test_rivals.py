@@ -28,7 +28,7 @@ def draws(*shape: int) -> Tensor:
 def best_v(mean: float, std: float) -> fa.Velocity:
     """E[√ᾱ ε - √(1-ᾱ) x | z] for data x ~ N(mean, std²)."""
     def v(z: Tensor, t: Tensor, _: Tensor | None) -> Tensor:
-        signal, noise = (shared.column(x, z) for x in diffusion.signal_and_noise(t))
+        signal, noise = (fa.column(x, z) for x in diffusion.signal_and_noise(t))
         scale = signal * noise * (1 - std ** 2) / (signal ** 2 * std ** 2 + noise ** 2)
         return scale * (z - signal * mean) - noise * mean
 
@@ -128,7 +128,7 @@ def test_the_meanflow_target_is_a_finite_difference_along_the_path():
     times[:, 1] += 0.05
     later = u(z + h * v, times + torch.tensor([h, 0.0]), context)
     before = u(z - h * v, times - torch.tensor([h, 0.0]), context)
-    way = shared.column(times[:, 1] - times[:, 0], z)
+    way = fa.column(times[:, 1] - times[:, 0], z)
     expected = v + way * (later - before) / (2 * h)
     found = meanflow.meanflow_target(u, z, v, times, context)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -255,7 +255,8 @@ def test_the_loss_of_held_out_clips_is_seen_at_each_tenth(wired, tmp_path, capsy
     flags = ["--data", manifest, "--out", tmp_path, *FLAGS, "--lr", 0, "--cfm_steps", 100]
     with opened(*flags) as run:
         model, losses = tiny_model(), []
-        others = train.Latents(run, model, run.data.validation)
+        others = train.Latents(run, model)
+        others.rows = run.data.validation
         for i in range(16):                             # 128 clips
             batch = train.get_batch(run, "cfm, held out", others, fa.uniform, fa.no_pairing, i)
             losses.append(fa.rectified_flow_loss(model, *batch, sigma_min=1e-4).item())

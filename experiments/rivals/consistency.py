@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import flashaudio as fa
-from experiments.rivals.shared import TRAINING, Rival, column
-from flashaudio import FlashAudio, Velocity
+from experiments.rivals.shared import TRAINING, Rival
+from flashaudio import FlashAudio, Velocity, column
 
 TEACHER_STEPS = 50                  # of the path
 DECAY = 0.95                        # of the average

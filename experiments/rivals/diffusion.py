@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import flashaudio as fa
-from experiments.rivals.shared import Rival, column
-from flashaudio import FlashAudio, Velocity
+from experiments.rivals.shared import Rival
+from flashaudio import FlashAudio, Velocity, column
 
 
 def signal_and_noise(t: Tensor) -> tuple[Tensor, Tensor]:

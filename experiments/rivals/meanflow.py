@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashaudio as fa
-from experiments.rivals.shared import TRAINING, Rival, column
-from flashaudio import FlashAudio, Velocity
+from experiments.rivals.shared import TRAINING, Rival
+from flashaudio import FlashAudio, Velocity, column
 
 SMOOTH = 0.03                                       # in t: see TwoTimes
 

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Callable
 
 import torch
-from torch import Tensor
 
 import flashaudio as fa
 import train
@@ -80,8 +79,3 @@ class Rival(fa.FlashAudio):
             rival = cls(model.config)
         rival.load_state_dict(model.state_dict(), strict=False)
         return rival.to(model.device)
-
-
-def column(t: Tensor, z: Tensor) -> Tensor:
-    """t (B,) as (B, 1, ...), to multiply z (B, ...) by."""
-    return t.view(-1, *[1] * (z.dim() - 1))
