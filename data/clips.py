@@ -4,6 +4,7 @@ Each is computed once, kept in the run's cache/ under the name of what it was co
 read through a memory map.
 """
 
+import json
 import math
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from torch import Tensor
 from data.audio import load_audio, samples_in
 from data.rows import doubts, read_folder, read_manifest
 from flashaudio import HOP, FlashAudio, InputError, mel_spectrogram
-from runs.cache import bar, blocks, cached, digest, one_thread
+from runs.cache import bar, blocks, cached, digest, one_thread, write_atomically
 from runs.processes import rank_and_world
 
 
@@ -50,12 +51,14 @@ def in_threads(work: Callable, items: list, text: str):
             yield from zip(block, pool.map(work, block))
 
 
-def look_at(path: str) -> tuple[str, int]:
-    """Digest of what a file holds, or the name of one that isn't there; its samples of 16 kHz."""
+def look_at(path: str, noted: list) -> list:
+    """Size and time of a file, the digest of what it holds, or the name of one that isn't there,
+    and its samples of 16 kHz: what was noted, where size and time are still the same."""
     try:
-        return digest(Path(path)), samples_in(path)
+        now = [os.path.getsize(path), os.stat(path).st_mtime_ns]
+        return noted if noted[:2] == now else [*now, digest(Path(path)), samples_in(path)]
     except (OSError, ValueError):
-        return os.path.basename(path), 0
+        return [0, 0, os.path.basename(path), 0]
 
 
 class Clips:
@@ -82,10 +85,10 @@ class Clips:
         if not rows:
             raise InputError(": ".join([f"{source}: holds no usable clips", *problems[:1]]))
         paths = sorted({row["audio_path"] for row in rows})
-        known = dict(in_threads(look_at, paths, "files"))
+        known = self.look_at_all(paths)
         clips, files = [], {}
         for row in rows:
-            content, length = known[row["audio_path"]]
+            *_, content, length = known[row["audio_path"]]
             for start in pieces(length, HOP * frames, windows):
                 name = f"{content}-{start}" if start else content   # the beginning has no number
                 files.setdefault(name, (row["audio_path"], start))
@@ -124,6 +127,21 @@ class Clips:
               f"{len(self.test)} test, of {len(paths) - len(bad)} sounds; "
               f"{len(set(whole))} distinct captions, such as {whole[0]!r}",
               *self.remarks, *doubts(whole), sep="\n")
+
+    def look_at_all(self, paths: list[str]) -> dict[str, list]:
+        """`look_at` of every path, noted in the cache for the next start."""
+        notes = self.cache / "files.json"
+        noted = json.loads(notes.read_text()) if notes.exists() else {}
+
+        def look(path: str) -> list:
+            return look_at(path, noted.get(os.path.abspath(path), []))
+
+        known = dict(in_threads(look, paths, "files"))
+        if rank_and_world()[0] == 0:
+            notes.parent.mkdir(parents=True, exist_ok=True)
+            found = {os.path.abspath(path): known[path] for path in known}
+            write_atomically(notes, json.dumps(found).encode())
+        return known
 
     def mels_of(self, files: dict) -> tuple[np.ndarray, dict[str, str]]:
         """Mels (F, 80, T) of {name: (path, first sample)}, and {name: why there is none}."""

@@ -262,3 +262,14 @@ def test_toy_splits_share_nothing_and_test_holds_new_combinations(tmp_path):
     assert [row["split"] for row in rows] == ["train"] * 300 + ["test"] * 60 + ["validation"] * 40
     again = read_toy(toy.write_toy_set(tmp_path / "b", 40, 60, 0))
     assert [Path(row["audio_path"]).read_bytes() for row in again] == sounds[:40] + sounds[300:360]
+
+
+def test_a_file_that_has_not_changed_is_not_read_again_at_the_next_start(tmp_path, monkeypatch):
+    manifest = write_clips(tmp_path, 3)
+    key = Clips(manifest, tmp_path / "cache", 32).key
+    read = []
+    monkeypatch.setattr(clips, "samples_in", lambda path: read.append(path) or 20_000)
+    assert Clips(manifest, tmp_path / "cache", 32).key == key and not read
+    shutil.copy(tmp_path / "1.wav", tmp_path / "2.wav")
+    assert Clips(manifest, tmp_path / "cache", 32).key != key
+    assert read == [str(tmp_path / "2.wav")]
