@@ -33,7 +33,7 @@ import flashaudio as fa
 from data import toy
 from data.clips import Clips, batch_indices
 from evaluation.evaluate import evaluate
-from evaluation.judges import check_judge
+from evaluation.judges import best_guidance, check_judge
 from evaluation.listen import draw_losses
 from flashaudio import FlashAudio, InputError
 from pretrained import make_an_audio, vocoders
@@ -67,7 +67,7 @@ class Flags:
     ema: float = 0.995              # decay of the average of the weights, which is what is saved
     caption_dropout: float = 0.2    # share of captions replaced by ""; Make-An-Audio 3's
     # vae
-    vae_steps: int = 900            # steps of stage vae
+    vae_steps: int = 2700           # steps of stage vae
     vae_lr: float = 1.5e-3          # peak learning rate of stage vae
     vae_frames: int = 64            # mel frames of a clip that a step of stage vae sees
     vae_kl_weight: float = 3e-2     # weight of the KL term: more makes a smoother, blurred latent
@@ -77,10 +77,10 @@ class Flags:
     rf1_lr: float = 5e-4            # peak learning rate of stage rf1; a large one undoes the CFM
     rf1_steps: int = 500            # steps of stage rf1
     # rf2: reflow. Of its couplings the paper says nothing but Eq. 10-11
-    rf2_couplings: int = 2000       # (noise, sample) pairs that rf2 is trained on
-    rf2_coupling_steps: int = 10    # Euler steps that make a pair of rf2
-    rf2_guidance: float = 3.0       # guidance scale of the pairs of rf2; the public sampler's
-    anchor_steps: int = 1           # iterations of Eq. 10 at each Euler step of a pair; 0 is off
+    rf2_couplings: int = 4000       # (noise, sample) pairs that rf2 is trained on
+    rf2_coupling_steps: int = 8     # Euler steps that make a pair of rf2
+    rf2_guidance: float = 3.0       # guidance scale of the pairs of rf2; 0: 1 to 3, by measurement
+    anchor_steps: int = 0           # iterations of Eq. 10 at each Euler step of a pair; 0: none
     anchor_lr: float = 1e-2         # learning rate of Eq. 10 at t = 0
     anchor_tol: float = 1e-5        # loss of Eq. 10 at t = 0 below which a sample is left alone
     rf2_steps: int = 1600           # steps of stage rf2
@@ -117,22 +117,22 @@ JUDGE = "laion/clap-htsat-unfused"
 OWN = dict(
     vae_steps=5400, vae_kl_weight=1e-2,     # recordings need a sharper latent than the toy's sounds
     rf1_pairing="none",                     # pairing pulls captions towards their common mean
-    rf2_couplings=8000, rf2_coupling_steps=8, rf2_guidance=2.0, anchor_steps=0,
+    rf2_couplings=8000, rf2_guidance=0.0,   # how much guidance helps depends on the captions
     distill_couplings=4000, distill_steps=500)
 # Ours: from scratch in an evening on a GPU of 24 GB
 EVENING = dict(
     text="google/flan-t5-base", batch_size=128, lr=3e-4, warmup=1000, ema=0.999, vae_steps=30_000,
     vae_lr=3e-4, vae_frames=128, vae_kl_weight=1e-3,    # 1e-2 tolerates 4 dB of error
     cfm_steps=45_000, rf1_pairing="none", rf1_steps=10_000, rf1_lr=1e-4,        # as above
-    rf2_couplings=100_000, rf2_coupling_steps=12, rf2_guidance=2.0, anchor_steps=0,
-    rf2_steps=20_000, distill_couplings=200_000, distill_steps=15_000,  # it overfits on few
+    rf2_couplings=100_000, rf2_coupling_steps=12, rf2_guidance=2.0, rf2_steps=20_000,
+    distill_couplings=200_000, distill_steps=15_000,                # it overfits on few
     eval_clips=400, save_every=300.0, judge=JUDGE, vocoder="hifigan:microsoft/speecht5_hifigan")
 # The paper gives batch, learning rate and steps of the 1-RF (§4.1) and has --init (§3.2); rest ours
 PAPER = dict(
     batch_size=64, grad_accum=4, lr=4.8e-5, lr_end=1.0, warmup=1000, ema=0.9999,
     vae_steps=40_000, vae_lr=1e-4, vae_frames=624, vae_kl_weight=1e-6, cfm_steps=100_000,
-    rf1_steps=40_000, rf1_lr=4.8e-5, rf2_couplings=50_000, rf2_coupling_steps=24, rf2_steps=40_000,
-    distill_couplings=50_000, distill_coupling_steps=24, distill_steps=40_000,
+    rf1_steps=40_000, rf1_lr=4.8e-5, rf2_couplings=50_000, rf2_coupling_steps=24, anchor_steps=1,
+    rf2_steps=40_000, distill_couplings=50_000, distill_coupling_steps=24, distill_steps=40_000,
     eval_clips=1000, save_every=900.0, judge=JUDGE)
 RECIPES = {"toy": {}, "own": OWN, "small": EVENING, "base": PAPER, "large": PAPER}
 
@@ -204,8 +204,9 @@ class Couplings:
         self.rows = np.arange(len(clips))
         self.texts, place = data.contexts(model)
         self.place = place[clips]                   # whose caption each pair has
-        self.how = (getattr(flags, f"{stage}_coupling_steps"), getattr(flags, f"{stage}_guidance"),
-                    flags.anchor_steps, flags.anchor_lr, flags.anchor_tol)
+        steps = getattr(flags, f"{stage}_coupling_steps")
+        guidance = getattr(flags, f"{stage}_guidance") or best_guidance(run, model, steps)
+        self.how = (steps, guidance, flags.anchor_steps, flags.anchor_lr, flags.anchor_tol)
         self.key = digest(model, data.key, flags.seed, len(clips), self.how, name_of(sampler))
 
     def make(self) -> None:

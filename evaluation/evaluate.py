@@ -34,7 +34,7 @@ CARD = Template(Path(__file__).with_name("card.md").read_text(encoding="utf-8"))
 class Table:
     """What is measured of a run: a row for each model and number of steps, and clips to hear.
 
-    It begins with the recordings of the held-out captions, and with other real clips.
+    It begins with what real clips score against other real clips.
     """
 
     @torch.no_grad()
@@ -47,7 +47,6 @@ class Table:
         self.rows: list[dict] = []
         self.clips: list[tuple[str, str, str]] = []             # as write_page takes them
         self.play(self.real, "real", "the real clip")
-        self.add(self.judge(self.real), model="real")
         self.add(self.judge.floor, model="floor")
 
     def add(self, figures: dict, **columns) -> None:
@@ -66,20 +65,21 @@ class Table:
             mel = fa.mel_spectrogram(wav.to(self.run.device))
             return self.run.vocoder(model.decode(model.encode(mel)))
 
-        self.play(in_parts(through, self.real[:SHOWN]), "vae", "the real clip through the VAE")
-        self.add(self.judge(in_parts(through, self.judge.fresh)), model="vae")
+        wav = in_parts(through, self.real)
+        self.play(wav, "vae", "the real clip through the VAE")
+        self.add(self.judge(wav), model="vae")
 
     def add_model(self, stage: str, guidance: float, all_steps: tuple[int, ...]) -> None:
-        """A row for each number of steps; the straightness in each is that of paths in 24 steps."""
+        """A row for each number of steps; straightness is told of paths in 24 steps."""
         model = self.run.load(stage)
-        longest = self.sample(model, 24, guidance)
         for steps in all_steps:
-            wav, _, seconds = longest if steps == 24 else self.sample(model, steps, guidance)
+            wav, bend, seconds = self.sample(model, steps, guidance)
             count = "1 step" if steps == 1 else f"{steps} steps"
             label = f"{NAMES[stage]}, {count}, ω = {guidance:g}"
             self.play(wav, f"{stage}-{steps}-{guidance:g}", label)
             self.add(self.judge(wav), model=stage, steps=steps, guidance=guidance,
-                     nfe=steps if guidance == 1 else 2 * steps, straightness=longest[1],
+                     nfe=steps if guidance == 1 else 2 * steps,
+                     straightness=bend if steps == 24 else None,
                      rtf=seconds * fa.SAMPLE_RATE / wav.numel())
 
     @torch.no_grad()

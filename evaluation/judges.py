@@ -2,9 +2,10 @@
 
 A judge is made with the rows that are judged and their real clips (N, samples), and called with
 other waveforms for these rows: it returns the figures that it can tell, of fd, kl, accuracy,
-measured and clap. `fresh`: real clips for the VAE. `floor`: the figures of other real clips.
+measured and clap. `floor`: the figures of real clips that are not those compared with.
 """
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -18,31 +19,46 @@ from data.clips import Clips
 from evaluation import toy_judge
 from evaluation.measures import clap_score, frechet_distance, kl_divergence
 from flashaudio import InputError, hub_model
+from runs.cache import bar, cached, digest
 from runs.run import Run
 
+REFERENCE = 2000    # clips of the toy set that generated ones are compared with
+GUIDANCES = (1.0, 1.5, 2.0, 3.0)
 HEARD = 3.0     # decades of magnitude, 60 dB: what lies further below the loudest counts as silence
 
 
 class ToyJudge:
-    """For the toy set, with the classifier of toy_judge.py. kl: its posterior on the real clip
-    against that on the generated one. accuracy: the scene of the caption is the likeliest.
-    measured: share of the details named in captions that signal processing finds."""
+    """For the toy set, with the classifier of toy_judge.py. fd: of its embedding, to other clips of
+    the same scenes, of which there are as many as one likes. kl: its posterior on another clip of
+    the scene against that on the generated one. accuracy: the scene of the caption is the
+    likeliest. measured: share of the details named in captions that signal processing finds.
+    """
     name = "toy judge"
-    remarks = ["floor: real clips, made anew of the same scenes; row vae has these, too."]
+    remarks = [f"fd: to {REFERENCE} or more other real clips of the scenes that are judged. floor: "
+               "the held-out clips themselves; row vae has these, too."]
 
     def __init__(self, data: Clips, rows: np.ndarray, wav: Tensor):
         self.scenes = [data.rows[i]["scene"] for i in rows]
         self.classes = torch.tensor([toy.scene_index(scene) for scene in self.scenes])
         self.judge = toy_judge.train_judge()
-        self.real, self.real_posterior = self.judge(fa.mel_spectrogram(wav))
-        fresh = []
-        for i, scene in enumerate(self.scenes):     # splits and judge are made of streams 0 to 3
-            fresh.append(toy.synthesise(scene, np.random.default_rng((0, 4, i))))
-        self.fresh = torch.from_numpy(np.stack(fresh))                          # (N, samples)
-        self.floor = self(self.fresh)
+        heard = []
+        for copy in range(math.ceil(REFERENCE / len(rows))):
+            clips = []
+            for i, scene in enumerate(self.scenes):     # splits and judge are of streams 0 to 3
+                clips.append(toy.synthesise(scene, np.random.default_rng((0, 4, copy, i))))
+            heard.append(self.hear(torch.from_numpy(np.stack(clips))))
+        self.real = torch.cat([embedding for embedding, _ in heard])            # (R, 64)
+        self.real_posterior = heard[0][1]                                       # (N, scenes)
+        self.floor = self(wav)
+
+    def hear(self, wav: Tensor) -> tuple[Tensor, Tensor]:
+        """Waveforms (N, samples) -> embedding (N, 64), log-probabilities (N, scenes)."""
+        heard = [self.judge(fa.mel_spectrogram(part)) for part in wav.split(32)]
+        embedding, posterior = zip(*heard)
+        return torch.cat(embedding), torch.cat(posterior)
 
     def __call__(self, wav: Tensor) -> dict:
-        embedding, posterior = self.judge(fa.mel_spectrogram(wav))
+        embedding, posterior = self.hear(wav)
         details = []
         for clip, scene in zip(wav.numpy(), self.scenes):
             details += toy_judge.measure(clip, scene).values()
@@ -68,7 +84,6 @@ class NearestClip:
         self.recordings = torch.unique(wav, dim=0, return_inverse=True)[1].tolist()
         self.described = set(zip(self.recordings, self.captions))
         self.heard = audible(fa.mel_spectrogram(wav))
-        self.fresh = wav
         real = self.hear(wav)
         whole = data.train[data.start[data.train] == 0]     # as rows are: no later windows
         files, first = np.unique(data.file[whole], return_index=True)
@@ -178,3 +193,32 @@ def make_judge(run: Run, rows: np.ndarray, wav: Tensor) -> ToyJudge | NearestCli
     if run.flags.judge:
         return ClapJudge(run, rows, wav)
     return NearestClip(run.data, rows, wav)
+
+
+@torch.no_grad()
+def best_guidance(run: Run, model: fa.FlashAudio, steps: int) -> float:
+    """The ω of GUIDANCES at which a flow's samples are nearest to clips, by NearestClip's fd over
+    captions that it was trained on: how much helps depends on what captions leave open."""
+    rows = np.sort(run.data.some(min(256, len(run.data.train)), run.flags.seed))
+    batch = run.flags.batch_size
+
+    def fill(array: np.ndarray) -> None:
+        model.to(run.device)
+        judge = NearestClip(run.data, rows, run.data.waveforms(rows))
+        noise = torch.randn(len(rows), *model.latent_shape(), generator=run.generator("guidance"))
+        null = model.contexts([""])
+        for i, guidance in enumerate(GUIDANCES):
+            mels = []
+            for k in bar(range(0, len(rows), batch), f"ω = {guidance:g}", unit="batch"):
+                context = model.contexts(judge.captions[k:k + batch])
+                z = fa.euler_sample(model, noise[k:k + batch].to(run.device), context,
+                                    null.expand_as(context), steps, guidance)
+                mels.append(model.decode(z).cpu())
+            array[i] = judge.distance(judge.embed(torch.cat(mels)))
+
+    key = digest(model, run.data.key, run.flags.seed, steps, GUIDANCES)
+    found = cached(run.data.cache / f"guidance-{key}.npy", (len(GUIDANCES),), fill)
+    best = GUIDANCES[found.argmin()]
+    texts = [f"{fd:.3g} at ω = {guidance:g}" for guidance, fd in zip(GUIDANCES, found)]
+    print(f"fd of samples in {steps} steps: {', '.join(texts)}: pairs are made at {best:g}")
+    return best

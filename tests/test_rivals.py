@@ -210,17 +210,18 @@ def test_a_comparison_trains_within_its_budget_and_goes_on(quick, monkeypatch):
 
     monkeypatch.setattr(train, "fit", noted)
     rows = runner.compare(quick, 1)
-    after = 3 * 2 * 12 + 8 * (2 * 5 - 1) + 4 * 2
+    after = 3 * 2 * 12 + 8 * 2 * 2 + 4 * 2
     assert shared.chain_cost(quick) - 2 * 12 == after
     assert taken["diffusion"] == ((after + 24) // 12, 7e-4, ("text", "dit"))
+    assert taken["longer"] == ((after + 24) // 12, 1.5e-3, ("text", "dit"))
     assert taken["consistency"] == (after // 24, 5e-4, ("dit",))
     assert taken["meanflow"] == (after // 24, 1.5e-3, ("dit",))
     # That of direct: half as many couplings
     assert taken["distill"] == ((after - 2 * 2 * 2) // 12, 1.5e-3, ("dit",))
     out = Path(quick.out)
-    assert json.loads((out / "rivals.json").read_text())["rows"] == rows and len(rows) == 11
-    assert [row["name"] for row in rows if "straightness" in row["figures"]][-2:] == [
-        "FlashAudio, distilled, 1, ω = 1", "CFM distilled, no reflow, 1, ω = 1"]
+    assert json.loads((out / "rivals.json").read_text())["rows"] == rows and len(rows) == 15
+    assert [row["name"] for row in rows if "straightness" in row["figures"]] == [
+        "CFM, 24, ω = 1", "CFM, 24, ω = 3", "2-RF, 24, ω = 1", "CFM, trained as long, 24, ω = 3"]
     fds = [row["figures"]["fd"] for row in runner.best_first(rows)]
     assert fds == sorted(fds) and len(set(fds)) > 5
 

@@ -8,7 +8,6 @@ again.
     python -m experiments.rivals --tune MeanFlow    its settings compared on validation clips
 """
 
-from copy import copy
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -19,17 +18,18 @@ import torch
 import flashaudio as fa
 import train
 from evaluation.evaluate import Table, markdown
-from experiments.ablate import NOTE, Row, new_parser, new_table, train_row
+from experiments.ablate import NOTE, Row, new_parser, new_table, ruler_rows, train_row
 from experiments.rivals.consistency import Consistency
 from experiments.rivals.diffusion import Diffusion
-from experiments.rivals.direct import Direct
+from experiments.rivals.direct import Direct, Longer
 from experiments.rivals.meanflow import MeanFlow
 from experiments.rivals.shared import chain_cost
 from experiments.tables import by_figure, claims_of, kept_row, table_of, write_rows
 from runs.run import Run, one_line_errors
 
-RIVALS = {rival.__name__: rival for rival in (Diffusion, Consistency, MeanFlow, Direct)}
-CHAIN = {"cfm": ("CFM", ((1, 1.0), (24, 1.0), (24, 3.0))), "rf2": ("2-RF", ((1, 1.0), (4, 1.0))),
+RIVALS = {rival.__name__: rival for rival in (Diffusion, Consistency, MeanFlow, Direct, Longer)}
+CHAIN = {"cfm": ("CFM", ((1, 1.0), (24, 1.0), (24, 3.0))),
+         "rf2": ("2-RF", ((1, 1.0), (4, 1.0), (24, 1.0))),
          "distill": ("FlashAudio, distilled", ((1, 1.0),))}     # label, steps and ω
 FIGURES = ("fd", "kl", "accuracy", "measured", "straightness", "rtf")
 
@@ -39,8 +39,8 @@ def figures(table: Table, model: fa.FlashAudio, steps: int, guidance: float) -> 
     """What a row shows of a model, measured as in the table of train.py."""
     wav, bend, seconds = table.sample(model, steps, guidance)
     found = {**table.judge(wav), "rtf": seconds * fa.SAMPLE_RATE / wav.numel()}
-    if model.sampler is fa.euler_sample:                # of a flow, whose paths can be simulated
-        found["straightness"] = bend if steps == 24 else table.sample(model, 24, guidance)[1]
+    if steps == 24:
+        found["straightness"] = bend
     return {figure: found[figure] for figure in FIGURES if figure in found}
 
 
@@ -59,8 +59,8 @@ def measure(run: Run, table: Table, label: str, model: fa.FlashAudio, sampled: t
             compute = cost / chain_cost(run.flags, "cfm")
             return {"figures": {**figures(table, model, steps, guidance), "compute": compute}}
 
-        found.append(kept_row(run.out.parent / "rows", row, measured, cost, run.flags.eval_clips,
-                              run.flags.vocoder, run.data.key, model))
+        found.append(kept_row(run.out.parent / "rows", row, measured, cost, run.flags.vocoder,
+                              len(table.captions), table.run.data.key, model))
     return found
 
 
@@ -70,6 +70,7 @@ def compare(flags: train.Flags, seeds: int) -> list[dict]:
     for seed in range(seeds):
         with train.open_run(replace(flags, seed=seed, out=str(out / f"seed{seed}"))) as run:
             table = new_table(run)
+            rows += ruler_rows(run, table, out / "rows", "rivals")
             train_row(run, Row("", "", "distill"))
             for stage, (label, sampled) in CHAIN.items():
                 cost = chain_cost(run.flags, stage)
@@ -88,10 +89,7 @@ def best_first(rows: list[dict]) -> list[dict]:
 
 def tune(run: Run, rival: type, share: float) -> None:
     """Print what a rival reaches on validation clips with each of its settings that are tried."""
-    data = copy(run.data)
-    data.test = data.validation
-    judged = replace(run, data=data, flags=replace(run.flags, out=str(run.out / "validation")))
-    table = new_table(judged)
+    table = new_table(run, validation=True)
     train_row(run, Row("", "", "cfm"))
     steps, omega = rival.sampled[0]
     print(f"{rival.label}: {share:g} of its training, {len(table.captions)} validation captions")

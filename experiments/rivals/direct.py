@@ -1,6 +1,10 @@
-"""A control: the CFM distilled on its own guided couplings. FlashAudio without 1-RF and reflow."""
+"""Two controls: the CFM distilled on its own guided couplings, which is FlashAudio without 1-RF and
+reflow; and the CFM trained for as long as the whole chain takes."""
 
 from dataclasses import replace
+from typing import Callable
+
+from torch import Tensor
 
 import flashaudio as fa
 import train
@@ -33,3 +37,16 @@ class Direct(Rival):
         own = replace(run, flags=replace(flags, distill_steps=steps, out=str(out)))
         cfm = run.load("cfm")
         return train.distill(own, cfm, train.Couplings(own, cfm, "distill"))
+
+
+class Longer(Rival):
+    label = "CFM, trained as long"
+    start = "vae"
+    lr = 1.5e-3                         # that of stage cfm
+    tried = ((7e-4, 1.5e-3, 3e-3), (3.0,))
+    sampled = ((24, 3.0), (24, 2.0), (24, 1.0))
+    uses = (fa.rectified_flow_loss,)
+
+    @staticmethod
+    def loss(start: fa.FlashAudio, guidance: float) -> Callable[..., Tensor]:
+        return fa.rectified_flow_loss
