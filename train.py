@@ -67,7 +67,7 @@ class Flags:
     ema: float = 0.995              # decay of the average of the weights, which is what is saved
     caption_dropout: float = 0.2    # share of captions replaced by ""; Make-An-Audio 3's
     # vae
-    vae_steps: int = 2700           # steps of stage vae
+    vae_steps: int = 1800           # steps of stage vae
     vae_lr: float = 1.5e-3          # peak learning rate of stage vae
     vae_frames: int = 64            # mel frames of a clip that a step of stage vae sees
     vae_kl_weight: float = 3e-2     # weight of the KL term: more makes a smoother, blurred latent
@@ -83,12 +83,12 @@ class Flags:
     anchor_steps: int = 0           # iterations of Eq. 10 at each Euler step of a pair; 0: none
     anchor_lr: float = 1e-2         # learning rate of Eq. 10 at t = 0
     anchor_tol: float = 1e-5        # loss of Eq. 10 at t = 0 below which a sample is left alone
-    rf2_steps: int = 1600           # steps of stage rf2
+    rf2_steps: int = 1500           # steps of stage rf2
     # distill
-    distill_couplings: int = 12000  # pairs that distill is trained on; it overfits on few
+    distill_couplings: int = 9000   # pairs that distill is trained on; it overfits on few
     distill_coupling_steps: int = 4  # Euler steps that make a pair of distill
     distill_guidance: float = 1.0   # guidance scale of the pairs of distill; 1: the 2-RF has it
-    distill_steps: int = 1500       # steps of stage distill
+    distill_steps: int = 1200       # steps of stage distill
     # how it is judged and saved
     eval_clips: int = 160           # held-out captions in the table
     judge: str = ""                 # public CLAP model for the table; else mels are compared
@@ -118,13 +118,13 @@ OWN = dict(
     vae_steps=5400, vae_kl_weight=1e-2,     # recordings need a sharper latent than the toy's sounds
     rf1_pairing="none",                     # pairing pulls captions towards their common mean
     rf2_couplings=8000, rf2_guidance=0.0,   # how much guidance helps depends on the captions
-    distill_couplings=4000, distill_steps=500)
+    rf2_steps=1600, distill_couplings=4000, distill_steps=500)
 # Ours: from scratch in an evening on a GPU of 24 GB
 EVENING = dict(
     text="google/flan-t5-base", batch_size=128, lr=3e-4, warmup=1000, ema=0.999, vae_steps=30_000,
     vae_lr=3e-4, vae_frames=128, vae_kl_weight=1e-3,    # 1e-2 tolerates 4 dB of error
     cfm_steps=45_000, rf1_pairing="none", rf1_steps=10_000, rf1_lr=1e-4,        # as above
-    rf2_couplings=100_000, rf2_coupling_steps=12, rf2_guidance=2.0, rf2_steps=20_000,
+    rf2_couplings=100_000, rf2_coupling_steps=12, rf2_guidance=0.0, rf2_steps=20_000,
     distill_couplings=200_000, distill_steps=15_000,                # it overfits on few
     eval_clips=400, save_every=300.0, judge=JUDGE, vocoder="hifigan:microsoft/speecht5_hifigan")
 # The paper gives batch, learning rate and steps of the 1-RF (§4.1) and has --init (§3.2); rest ours

@@ -20,7 +20,7 @@ from flashaudio import FlashAudio
 from runs.cache import bar, write_atomically
 from runs.run import STAGES, Run, hardware
 
-ROWS = (("cfm", 1.0, (1, 4, 24)), ("cfm", 3.0, (24,)), ("rf1", 1.0, (1, 4, 24)),
+ROWS = (("cfm", 1.0, (1, 24)), ("cfm", 3.0, (24,)), ("rf1", 1.0, (24,)), ("rf1", 3.0, (24,)),
         ("rf2", 1.0, (1, 4, 24)), ("distill", 1.0, (1,)))       # stage, guidance, steps
 COLUMNS = ("model", "steps", "nfe", "guidance", "fd", "kl", "accuracy", "measured", "clap",
            "straightness", "rtf", "clips", "judge")

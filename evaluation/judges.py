@@ -22,7 +22,7 @@ from flashaudio import InputError, hub_model
 from runs.cache import bar, cached, digest
 from runs.run import Run
 
-REFERENCE = 2000    # clips of the toy set that generated ones are compared with
+REFERENCE = 2000    # or more clips of the toy set that generated ones are compared with; 4 a scene
 GUIDANCES = (1.0, 1.5, 2.0, 3.0)
 HEARD = 3.0     # decades of magnitude, 60 dB: what lies further below the loudest counts as silence
 
@@ -42,7 +42,7 @@ class ToyJudge:
         self.classes = torch.tensor([toy.scene_index(scene) for scene in self.scenes])
         self.judge = toy_judge.train_judge()
         heard = []
-        for copy in range(math.ceil(REFERENCE / len(rows))):
+        for copy in range(max(4, math.ceil(REFERENCE / len(rows)))):
             clips = []
             for i, scene in enumerate(self.scenes):     # splits and judge are of streams 0 to 3
                 clips.append(toy.synthesise(scene, np.random.default_rng((0, 4, copy, i))))

@@ -214,6 +214,25 @@ def test_fd_has_a_floor_and_a_quarter_as_many_dimensions_as_there_are_clips(tmp_
     assert judge.floor == {"fd": pytest.approx(floor, rel=1e-3), "clips": 8} and floor > 0
 
 
+def test_guidance_is_that_whose_samples_are_nearest_to_clips(tmp_path, monkeypatch, capsys):
+    """A flow that makes the very clips at ω = 1.5 and others the further off it is."""
+    data = Clips(write_clips(tmp_path / "clips", 12), tmp_path / "cache", 64)
+    run, model = fake_run(tmp_path, data), tiny_model()
+    run.generator = lambda *what: rng()
+    clips = torch.tensor(data.mels[data.file])
+
+    def sampler(model, z0, context, null, steps, guidance):
+        return z0.new_full((len(z0), 1, 1), guidance - 1.5)
+
+    monkeypatch.setattr(fa, "euler_sample", sampler)
+    monkeypatch.setattr(model, "decode", lambda z: clips * (1 + z.abs()))
+    assert judges.best_guidance(run, model, 4) == 1.5
+    said = capsys.readouterr().out
+    assert "0 at ω = 1.5" in said and "made at 1.5" in said
+    monkeypatch.setattr(fa, "euler_sample", None)               # it is looked up
+    assert judges.best_guidance(run, model, 4) == 1.5
+
+
 def test_a_clap_judge_scores_the_real_clips_best(tmp_path):
     clap = str(save_text_model("clap", tmp_path / "clap"))
     data = Clips(write_clips(tmp_path / "clips"), tmp_path / "cache", 128)
@@ -226,14 +245,14 @@ def test_a_clap_judge_scores_the_real_clips_best(tmp_path):
 
 
 def test_the_toy_judge_hears_real_clips_and_can_be_trained_anew(tmp_path, monkeypatch):
-    monkeypatch.setattr(judges, "REFERENCE", 125)               # two of each scene
+    monkeypatch.setattr(judges, "REFERENCE", 125)               # and four of each scene
     scenes = [toy.with_details(scene, np.random.default_rng(7)) for scene in toy.SCENES]
     wavs = [toy.synthesise(scene, np.random.default_rng((7, i))) for i, scene in enumerate(scenes)]
     wav = torch.from_numpy(np.stack(wavs))
     data = some_data(scenes, wav, scene=scenes)
     judge = judges.make_judge(fake_run(tmp_path, data, judge="not/asked"), range(len(wav)), wav)
     assert judge.floor["accuracy"] >= 0.95 and judge.floor["measured"] >= 0.97
-    assert judge.real.shape == (2 * len(scenes), 64)
+    assert judge.real.shape == (4 * len(scenes), 64)
     assert judge(wav) == judge.floor and judge.floor["fd"] < judge(wav.flip(1))["fd"] / 3
     posterior = judge.judge(fa.mel_spectrogram(wav.flip(1)))[1]
     assert judge(wav.flip(1))["kl"] == kl_divergence(judge.real_posterior, posterior)
