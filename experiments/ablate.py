@@ -9,6 +9,7 @@ import json
 from copy import copy
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import stdev
 from typing import Callable
 
 import torch
@@ -24,6 +25,7 @@ from runs.cache import bar, digest
 from runs.run import WHERE, Parser, Run, name_of, one_line_errors
 
 FIGURES = ("fd", "kl", "accuracy", "measured")
+DRAWS = 5               # of noise, for its own effect
 CLIPS = 1024            # that every row is judged on, of the toy set
 NOTE = """mean ± standard error over seeds. A difference is one less the other, ± half of its 95%
 interval, seeds paired. Shown: at a false discovery rate of 5% over the table of claims."""
@@ -44,7 +46,8 @@ def plan() -> list[Row]:
     """The rows; those with the same couplings in a row, as only the last are kept on disk."""
     unpaired, uniform = {"pairing": fa.no_pairing}, {"density": fa.uniform}
     rows = [Row("Stages", stage, stage) for stage in ("cfm", "rf1", "rf2", "distill")]
-    rows += [Row("1-RF", "full", "rf1"),
+    rows += [Row("Stages, noise", "distill", "distill"),
+             Row("1-RF", "full", "rf1"),
              Row("1-RF", "uniform t", "rf1", rf1=uniform),
              Row("1-RF", "no pairing", "rf1", rf1=unpaired),
              Row("2-RF", "full", "rf2"),
@@ -99,6 +102,8 @@ def measure(run: SharedRun, table: Table, row: Row) -> dict:
     model = run.load(row.stage).requires_grad_(False)
     if row.table == "Couplings":
         return measure_couplings(run, table, model)
+    if row.table == "Stages, noise":
+        return {f"sd of fd 1 step over {DRAWS} draws": noise_of_sampling(table, model)}
     pairs = run.flags.rf2_coupling_steps
     ways = {"cfm": {"1 step": (1, 1.0), "24 steps": (24, 1.0), "24 steps, ω = 3": (24, 3.0)},
             "rf1": {"ω = 1": (pairs, 1.0), "ω = 3": (pairs, 3.0)},
@@ -114,6 +119,16 @@ def measure(run: SharedRun, table: Table, row: Row) -> dict:
         if name == "24 steps":
             found["straightness"] = bend
     return found
+
+
+def noise_of_sampling(table: Table, model: fa.FlashAudio) -> float:
+    """Standard deviation of the fd of one step, each time from other noise."""
+    found, other = [], copy(table)
+    for draw in range(DRAWS):
+        seed = table.run.flags.seed + 10_000 * (1 + draw)
+        other.run = replace(table.run, flags=replace(table.run.flags, seed=seed))
+        found.append(table.judge(other.sample(model, 1, 1.0)[0])["fd"])
+    return stdev(found)
 
 
 def measure_couplings(run: SharedRun, table: Table, model: fa.FlashAudio) -> dict:
@@ -185,8 +200,8 @@ def ruler_rows(run: Run, table: Table, folder: Path, name: str) -> list[dict]:
 
 
 def ablate(flags: train.Flags, seeds: int, text: str = "") -> list[dict]:
-    """Train and measure every row with `text` in its name for every seed -> the rows; if they are
-    all there, also in <out>/ablation.json."""
+    """Train and measure every row with `text` in its name for every seed -> the rows, also in
+    <out>/ablation.json, or ablation-<text>.json."""
     out, rows = Path(flags.out), []
     chosen = [row for row in plan() if text in f"{row.table} {row.name}"]
     if not chosen:
@@ -197,8 +212,7 @@ def ablate(flags: train.Flags, seeds: int, text: str = "") -> list[dict]:
             rows += ruler_rows(run, table, out / "rows", "Ruler")
             for row in bar(chosen, f"seed {seed}"):
                 rows.append(measured_row(run, table, row, out / "rows"))
-    if not text:
-        write_rows(out / "ablation.json", rows, flags)
+    write_rows(out / f"ablation{text and '-'}{text}.json", rows, flags)
     return rows
 
 

@@ -111,7 +111,8 @@ def test_a_row_is_made_by_its_model_steps_and_guidance(evaluated):
     model = evaluated.load("vae")
     z = model.encode(torch.tensor(data.mels[data.file[[row]]]))         # of this row's recording
     assert_plays(evaluated.out / "listen/3-vae.wav", model, z)
-    for stage, steps, guidance in (("cfm", 24, 3), ("rf1", 24, 3), ("rf2", 1, 1), ("distill", 1, 1)):
+    for stage, steps, guidance in (("cfm", 24, 3), ("rf1", 24, 3), ("rf2", 1, 1),
+                                   ("distill", 1, 1)):
         model = evaluated.load(stage)
         z0 = model.noise([""], 3 + 3, model.latent_shape())
         z = model.sample_latents(data.captions[row], steps, guidance, z0=z0)
