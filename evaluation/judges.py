@@ -197,9 +197,8 @@ def make_judge(run: Run, rows: np.ndarray, wav: Tensor) -> ToyJudge | NearestCli
 
 @torch.no_grad()
 def best_guidance(run: Run, model: fa.FlashAudio, steps: int) -> float:
-    """The least ω of GUIDANCES at which a flow's samples are as near to clips as at any, to within a
-    tenth of NearestClip's fd over captions that it was trained on: it depends on what captions
-    leave open how much guidance helps, and too much is worse than too little."""
+    """The ω of GUIDANCES at which a flow's samples are nearest to clips, by NearestClip's fd over
+    captions that it was trained on: how much guidance helps depends on what captions leave open."""
     rows = np.sort(run.data.some(min(256, len(run.data.train)), run.flags.seed))
     batch = run.flags.batch_size
 
@@ -219,7 +218,7 @@ def best_guidance(run: Run, model: fa.FlashAudio, steps: int) -> float:
 
     key = digest(model, run.data.key, run.flags.seed, steps, GUIDANCES)
     found = cached(run.data.cache / f"guidance-{key}.npy", (len(GUIDANCES),), fill)
-    best = GUIDANCES[np.argmax(found <= 1.1 * found.min())]
+    best = GUIDANCES[found.argmin()]
     texts = [f"{fd:.3g} at ω = {guidance:g}" for guidance, fd in zip(GUIDANCES, found)]
     print(f"fd of samples in {steps} steps: {', '.join(texts)}: pairs are made at {best:g}")
     return best

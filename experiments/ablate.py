@@ -133,21 +133,20 @@ def noise_of_sampling(table: Table, model: fa.FlashAudio) -> float:
 
 def measure_couplings(run: SharedRun, table: Table, model: fa.FlashAudio) -> dict:
     """What is left of guidance where the 1-RF makes couplings of held-out captions: v - v_c in
-    units of v_c - v_∅, along it; and how far from the unguided path they end."""
-    flags, n = run.flags, run.flags.rf2_coupling_steps
+    units of v_c - v_∅, along it."""
+    how = train.Couplings(run, model, "rf2").how
+    n = run.flags.rf2_coupling_steps
     context = model.contexts(table.captions[:128])
     null = model.contexts([""]).expand_as(context)
     shape = (len(context), *model.latent_shape())
     z0 = torch.randn(shape, generator=run.generator("judged")).to(run.device)
-    path = fa.make_couplings(model, z0, context, null, n, flags.rf2_guidance, flags.anchor_steps,
-                             flags.anchor_lr, flags.anchor_tol, return_trajectory=True)
+    path = fa.make_couplings(model, z0, context, null, *how, return_trajectory=True)
     left = 0.0
     for t, z, v in zip(fa.time_grid(n).to(run.device), path, path.diff(dim=0) * n):
         v_cond = model(z, t.expand(len(z)), context)
         way = v_cond - model(z, t.expand(len(z)), null)
         left += (((v - v_cond) * way).sum() / way.pow(2).sum()).item() / n
-    unguided = fa.euler_sample(model, z0, context, steps=n)
-    return {"guidance left": left, "residual": (path[-1] - unguided).pow(2).mean().item()}
+    return {"guidance left": left}
 
 
 def measured_row(run: Run, table: Table, row: Row, folder: Path) -> dict:

@@ -55,7 +55,7 @@ def one_step(out: Path, run: Run) -> None:
 def losses_by_time(run: Run, times: Tensor) -> dict[str, list[float]]:
     """Eq. 4 at each of the times, of CFM and 1-RF on validation clips, and of the 2-RF on what the
     1-RF makes of their captions, from noise that it has not seen."""
-    flags, data = run.flags, run.data
+    data = run.data
     rows = np.concatenate([data.validation, data.held_out(128)])[:128]
     captions = [data.captions[i] for i in rows]
     models = {stage: run.load(stage) for stage in ("cfm", "rf1", "rf2")}
@@ -66,9 +66,8 @@ def losses_by_time(run: Run, times: Tensor) -> dict[str, list[float]]:
         context = model.contexts(captions)
         if stage == "rf2":                              # its text encoder is the 1-RF's
             null = model.contexts([""]).expand_as(context)
-            z1 = fa.make_couplings(models["rf1"], z0, context, null, flags.rf2_coupling_steps,
-                                   flags.rf2_guidance, flags.anchor_steps, flags.anchor_lr,
-                                   flags.anchor_tol)
+            how = train.Couplings(run, models["rf1"], "rf2").how
+            z1 = fa.make_couplings(models["rf1"], z0, context, null, *how)
         found[stage] = [fa.rectified_flow_loss(model, z0, z1, t.expand(len(rows)), context).item()
                         for t in times.to(run.device)]
     return found
