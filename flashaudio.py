@@ -31,7 +31,7 @@ From the paper to the code, and why:
     Eq. 6-7 logit_normal          Lines cross in the middle, so the 1-RF draws t there more often.
     Eq. 9   immiscible_pairing    Near noise makes lines shorter, and fewer of them cross. But the
                                   noise of a caption is then no longer N(0, I), which sampling
-                                  draws: on the toy it is worse at ω = 1 and better at ω = 3.
+                                  draws: where captions leave much open, that harms.
     Eq. 11  make_couplings        A flow's own pairs never cross: each noise has one sample.
     Eq. 10  anchored_cfg_loss     Guidance leads away from the flow's own paths. The anchor holds it
                                   back, and must stop early: converged, v(∅) = v(c), and the

@@ -142,6 +142,30 @@ def test_the_published_tables_are_those_of_their_rows():
         assert markdown(tables.table_of(held, table)) in page
 
 
+SHOWN = (("CFM", 1, 1, "cfm", "1 step"), ("CFM", 24, 1, "cfm", "24 steps"),
+         ("CFM", 24, 3, "cfm", "24 steps, ω = 3"), ("2-RF", 4, 1, "rf2", "4 steps"),
+         ("2-RF", 1, 1, "rf2", "1 step"), ("FlashAudio", 1, 1, "distill", "1 step"))
+
+
+def test_the_readme_shows_what_was_measured():
+    """Its table, and every difference that it tells."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    held = json.loads((ROOT / "docs/ablation.json").read_text())["rows"]
+    found = tables.by_figure(held)
+
+    def cells(table: str, name: str, way: str) -> str:
+        figures = [f"{figure} {way}".strip() for figure in ("fd", "accuracy", "measured")]
+        return " | ".join(tables.cell(found[table, name, figure]) for figure in figures)
+
+    for model, steps, omega, name, way in SHOWN:
+        assert f"| {model} | {steps} | {omega} | {cells('Stages', name, way)} |" in text
+    assert f"| real clips | - | - | {cells('Ruler', 'real clips', '')} |" in text
+    assert f"| VAE alone | - | - | {cells('Ruler', 'the VAE alone', '')} |" in text
+    told = re.findall(r"(-?[\d.]+ ± [\d.]+)(?= in)", text)
+    lines = tables.claims_of(held)
+    assert len(told) >= 4 and set(told) <= {line[4] for line in lines}
+
+
 @pytest.fixture
 def quick(tmp_path, monkeypatch) -> train.Flags:
     """A recipe of seconds: the network is tiny, the vocoder is none."""
