@@ -206,13 +206,11 @@ def best_guidance(run: Run, model: fa.FlashAudio, steps: int) -> float:
         model.to(run.device)
         judge = NearestClip(run.data, rows, run.data.waveforms(rows))
         noise = torch.randn(len(rows), *model.latent_shape(), generator=run.generator("guidance"))
-        null = model.contexts([""])
         for i, guidance in enumerate(GUIDANCES):
             mels = []
             for k in bar(range(0, len(rows), batch), f"ω = {guidance:g}", unit="batch"):
-                context = model.contexts(judge.captions[k:k + batch])
-                z = fa.euler_sample(model, noise[k:k + batch].to(run.device), context,
-                                    null.expand_as(context), steps, guidance)
+                part = slice(k, k + batch)
+                z = model.sample_latents(judge.captions[part], steps, guidance, z0=noise[part])
                 mels.append(model.decode(z).cpu())
             array[i] = judge.distance(judge.embed(torch.cat(mels)))
 
