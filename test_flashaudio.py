@@ -8,7 +8,6 @@ import re
 import shutil
 from dataclasses import replace
 from functools import partial
-from graphlib import TopologicalSorter
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,11 +22,7 @@ from torch.testing import assert_close
 
 import flashaudio as fa
 from flashaudio import FlashAudio, InputError, TextConfig
-from tests.helpers import ROOT, TINY, assert_parity, fixture, rng, tiny_model
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=rng(seed), dtype=torch.float64)
+from tests.helpers import ROOT, TINY, assert_parity, fixture, randn, rng, tiny_model
 
 
 def points() -> tuple[Tensor, Tensor, Tensor]:
@@ -399,24 +394,11 @@ def test_sampling_is_reproducible_and_depends_on_no_company():
     for other in (sample("rain", seed=4), sample("rain"), z1[2:]):
         assert (other - z1[0]).abs().max() > 0.1
     assert torch.equal(torch.get_rng_state(), state)    # the global generator is left alone
+    with torch.device("meta"):                          # as torch.set_default_device does
+        assert torch.equal(model.noise(prompts, 3, (20, 16)), z0)
     model.sampler = lambda dit, z0, c, null, *rest: z0 + c.mean() - null.mean() + sum(rest)
     own = sample(prompts, z0=z0, return_trajectory=True)
     assert_close(own, z0 + context.mean() - null.mean() + 7)
-
-
-def test_a_notebooks_defaults_change_no_noise_and_no_latent():
-    model = tiny_model()
-    expected = model.sample_latents(["rain", "rain"], 3, 2.0, seed=3)
-    for dtype in (torch.float64, torch.bfloat16):
-        torch.set_default_dtype(dtype)
-        try:
-            assert torch.equal(model.sample_latents(["rain", "rain"], 3, 2.0, seed=3), expected)
-            assert model.generate("rain", seed=3).dtype == torch.float32
-        finally:
-            torch.set_default_dtype(torch.float32)
-    z0 = model.noise(["rain"], 3, (20, 16))
-    with torch.device("meta"):                          # as torch.set_default_device does
-        assert torch.equal(model.noise(["rain"], 3, (20, 16)), z0)
 
 
 def test_bf16_is_for_a_gpu_that_is_made_for_it(monkeypatch):
@@ -522,8 +504,6 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path, monkeypatch):
                       ('"depth"', "not a readable model")):
         file.write_text(content.replace('"depth": 1', lie))
         assert said in refusal(tmp_path)
-    file.unlink()
-    assert "no model here (config.json is missing)" in refusal(tmp_path)
     file.write_text(content)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4])
@@ -538,22 +518,13 @@ FLOORS = {"flashaudio": 0, "pretrained": 1, "runs": 2, "data": 3, "evaluation": 
           "sample": 5, "experiments": 6}
 
 
-def test_arrows_point_to_flashaudio_and_there_is_no_circle():
-    graph = {}
+def test_arrows_point_to_flashaudio():
     for path in ROOT.rglob("*.py"):
-        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-        if module.split(".")[0] not in FLOORS:
+        importer = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if importer not in FLOORS:
             continue
         source = path.read_text(encoding="utf-8")
-        graph[module] = set()
-        for line in re.findall(r"^ *(?:from|import) .*", source, re.MULTILINE):
-            first, *names = re.findall(r"[\w.]+", line)[1:]
-            graph[module] |= {first, *(f"{first}.{name}" for name in names)}    # also data.toy
+        for name in re.findall(r"^ *(?:from|import) (\w+)", source, re.MULTILINE):
+            assert name == importer or FLOORS.get(name, -1) < FLOORS[importer], (path, name)
         for trick in ("sys.path", "sys.modules", "import_module", "__import__", "noqa"):
             assert trick not in source, (path, trick)
-    graph = {module: found & set(graph) for module, found in graph.items()}
-    assert not graph["flashaudio"] and "train" in graph and "data.clips" in graph
-    TopologicalSorter(graph).prepare()                  # raises CycleError, which names the circle
-    for module, found in graph.items():
-        for other in found:
-            assert FLOORS[other.split(".")[0]] <= FLOORS[module.split(".")[0]], (module, other)

@@ -283,7 +283,7 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
     while step < steps:
         rate = lr * learning_rate(flags, step, steps)
         optimizer.param_groups[0]["lr"] = rate
-        batch = [x.to(run.device) for x in draw(step)]
+        batch = to_device(run, draw(step))
         mean = 0.0
         for part in zip(*(x.chunk(flags.grad_accum) for x in batch)):
             with fa.autocast(run.device):
@@ -330,6 +330,13 @@ def fit(run: Run, stage: str, model: FlashAudio, parts: tuple[str, ...],
     return model
 
 
+def to_device(run: Run, batch: list[Tensor]) -> list[Tensor]:
+    """The batch on the run's device; to a GPU it travels while the step before is computed."""
+    on_gpu = run.device.type == "cuda"
+    pinned = [x.pin_memory() if on_gpu else x for x in batch]
+    return [x.to(run.device, non_blocking=on_gpu) for x in pinned]
+
+
 def learning_rate(flags: Flags, step: int, steps: int) -> float:
     """Share of the peak rate: linear warm-up, then a cosine down to lr_end."""
     cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
@@ -361,7 +368,7 @@ def held_out_loss(run: Run, model: FlashAudio, loss: Callable[..., Tensor],
     losses = []
     for i in range(max(1, 128 // run.flags.batch_size)):
         with fa.autocast(run.device):
-            losses.append(loss(model, *(x.to(run.device) for x in check(i))).item())
+            losses.append(loss(model, *to_device(run, check(i))).item())
     return float(np.mean(losses))
 
 

@@ -97,7 +97,7 @@ def train_row(run: Run, row: Row) -> None:
 
 
 @torch.no_grad()
-def measure(run: SharedRun, table: Table, row: Row) -> dict:
+def measure(run: Run, table: Table, row: Row) -> dict:
     """The figures of a row; of the 1-RF in as many steps as pairs are made in."""
     model = run.load(row.stage).requires_grad_(False)
     if row.table == "Couplings":
@@ -131,7 +131,7 @@ def noise_of_sampling(table: Table, model: fa.FlashAudio) -> float:
     return stdev(found)
 
 
-def measure_couplings(run: SharedRun, table: Table, model: fa.FlashAudio) -> dict:
+def measure_couplings(run: Run, table: Table, model: fa.FlashAudio) -> dict:
     """What is left of guidance where the 1-RF makes couplings of held-out captions: v - v_c in
     units of v_c - v_∅, along it."""
     how = train.Couplings(run, model, "rf2").how
@@ -156,9 +156,10 @@ def measured_row(run: Run, table: Table, row: Row, folder: Path) -> dict:
     depends = {name: value for name, value in asdict(flags).items() if name not in WHERE}
 
     def measured() -> dict:
-        shared = SharedRun(flags, run.data, run.device, run.vocoder)
-        train_row(shared, row)
-        return {"figures": measure(shared, table, row), "folders": shared.names}
+        kind = SharedRun if row.flags or row.rf1 or row.rf2 else Run    # else it is train.py's own
+        own = kind(flags, run.data, run.device, run.vocoder)
+        train_row(own, row)
+        return {"figures": measure(own, table, row)}
 
     return kept_row(folder, held, measured, depends, CLIPS, table.run.data.key)
 

@@ -1,4 +1,4 @@
-"""What test files share: tiny models, tones, the public fixtures, a way to run scripts."""
+"""What test files share: tiny models and runs, tones, public fixtures, a way to run scripts."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from scipy.io import wavfile
 from torch import Tensor, nn
 
-from flashaudio import DiTConfig, FlashAudio, FlashAudioConfig, TextConfig, VAEConfig
+from flashaudio import HOP, DiTConfig, FlashAudio, FlashAudioConfig, TextConfig, VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PARITY = ROOT / "tests" / "parity"
@@ -19,10 +19,18 @@ TINY = FlashAudioConfig(
     VAEConfig(channels=32, channel_mult=(1, 1), res_blocks=1, norm_groups=4),
     DiTConfig(context_dim=32, hidden_size=32, num_heads=2, depth=1, max_len=64),
     TextConfig(max_length=32, layers=1, heads=2), frames=32)
+# The flags of a run of seconds
+QUICK = {"device": "cpu", "batch_size": 4, "vae_steps": 2, "cfm_steps": 2, "rf1_steps": 2,
+         "rf2_steps": 2, "distill_steps": 2, "rf2_couplings": 8, "distill_couplings": 8,
+         "rf2_coupling_steps": 2, "distill_coupling_steps": 2, "rf2_guidance": 3.0, "eval_clips": 6}
 
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=rng(seed), dtype=torch.float64)
 
 
 def tiny_model(seed: int = 0, config: FlashAudioConfig = TINY) -> FlashAudio:
@@ -74,6 +82,11 @@ def exit_code(script: str, *typed) -> int:
     except SystemExit as e:
         return e.code
     return 0
+
+
+def quick_vocoder(mel: Tensor) -> Tensor:
+    """The loudness of each frame as a waveform (B, 256 T) in [-1, 1]."""
+    return (mel.mean(1) / 5).tanh().repeat_interleave(HOP, 1)
 
 
 def tone(samples: int = 16000, rate: int = 16000, pitch: float = 440) -> np.ndarray:

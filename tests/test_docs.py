@@ -13,14 +13,10 @@ import pytest
 import flashaudio as fa
 import sample
 import train
-from tests.helpers import ROOT, TINY, opened, write_clips
+from tests.helpers import QUICK, ROOT, TINY, opened, write_clips
 
 README, FORKING = ROOT / "README.md", ROOT / "docs/forking.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-RUNNING = [README, *(ROOT / f"docs/{name}.md" for name in ("running", "errata", "reproduction"))]
-QUICK = dict(batch_size=4, vae_steps=2, cfm_steps=2, rf1_steps=2, rf2_steps=2, distill_steps=2,
-             rf2_couplings=6, distill_couplings=6, rf2_coupling_steps=2, distill_coupling_steps=2,
-             eval_clips=2, device="cpu")
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -59,8 +55,11 @@ def test_a_python_block_runs(finished, block, tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_a_page_names_what_is_there(page):
     text = page.read_text(encoding="utf-8")
+    known = {f.name for f in fields(train.Flags)} | set(vars(sample.parse_flags()))
+    assert set(re.findall(r"`--(\w+)", text)) <= known | {"rows"}       # of experiments.ablate
     for block in blocks(page, "bash"):
-        for script, words in re.findall(r"\b(train|sample)\.py\b([^&\n]*)", joined(block)):
+        block = block.replace("\\\n", " ")              # each command in one line
+        for script, words in re.findall(r"\b(train|sample)\.py\b([^&\n]*)", block):
             parse_flags = {"train": train.parse_flags, "sample": sample.parse_flags}[script]
             parse_flags(shlex.split(words, comments=True))      # exits where a flag is unknown
     for module in re.findall(r"python -m ([\w.]+)", text):
@@ -71,19 +70,7 @@ def test_a_page_names_what_is_there(page):
         assert not place or place in places(linked), place
 
 
-def joined(block: str) -> str:
-    """A block of shell with each command in one line."""
-    return block.replace("\\\n", " ")
-
-
 def places(page: Path) -> list[str]:
     """What the headings of a page are called in links."""
     headings = re.findall("^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
     return [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
-
-
-@pytest.mark.parametrize("page", RUNNING, ids=lambda page: page.name)
-def test_a_flag_of_a_page_is_one_of_train_or_sample(page):
-    known = {f.name for f in fields(train.Flags)} | set(vars(sample.parse_flags()))
-    named = set(re.findall(r"`--(\w+)", page.read_text(encoding="utf-8")))
-    assert named and named <= known

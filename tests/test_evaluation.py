@@ -3,10 +3,8 @@ models of random weights, and a vocoder that answers at once."""
 
 import json
 import re
-import shutil
 import time
 from dataclasses import asdict
-from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,14 +19,9 @@ from data import toy
 from data.clips import Clips
 from evaluation import evaluate, judges, listen, toy_judge
 from evaluation.measures import clap_score, frechet_distance, kl_divergence
-from flashaudio import FlashAudio, InputError
-from tests.helpers import rng, save_text_model, tiny_model, write_clips
+from flashaudio import InputError
+from tests.helpers import quick_vocoder, rng, save_text_model, tiny_model, write_clips
 from train import Flags
-
-
-def quick_vocoder(mel: torch.Tensor) -> torch.Tensor:
-    """The loudness of each frame as a waveform (B, 256 T) in [-1, 1]."""
-    return (mel.mean(1) / 5).tanh().repeat_interleave(fa.HOP, 1)
 
 
 def fake_run(out: Path, data, stages: tuple[str, ...] = (), judge: str = "") -> SimpleNamespace:
@@ -39,12 +32,6 @@ def fake_run(out: Path, data, stages: tuple[str, ...] = (), judge: str = "") -> 
     return SimpleNamespace(flags=flags, out=out, data=data, device=torch.device("cpu"),
                            began=time.time(), vocoder=quick_vocoder, load=models.__getitem__,
                            folder=lambda stage: out / stage, finished=models.__contains__)
-
-
-def assert_plays(path: Path, model: FlashAudio, z: torch.Tensor) -> None:
-    """The file holds what the latent (1, C, L) decodes to, up to the rounding to 16 bits."""
-    _, held = wavfile.read(path)
-    assert np.abs(held / 32767 - quick_vocoder(model.decode(z))[0].numpy()).max() < 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -110,13 +97,16 @@ def test_a_row_is_made_by_its_model_steps_and_guidance(evaluated):
     row = data.held_out(50)[3]
     model = evaluated.load("vae")
     z = model.encode(torch.tensor(data.mels[data.file[[row]]]))         # of this row's recording
-    assert_plays(evaluated.out / "listen/3-vae.wav", model, z)
+    mels = {"vae": model.decode(z)}
     for stage, steps, guidance in (("cfm", 24, 3), ("rf1", 24, 3), ("rf2", 1, 1),
                                    ("distill", 1, 1)):
         model = evaluated.load(stage)
         z0 = model.noise([""], 3 + 3, model.latent_shape())
         z = model.sample_latents(data.captions[row], steps, guidance, z0=z0)
-        assert_plays(evaluated.out / f"listen/3-{stage}-{steps}-{guidance}.wav", model, z)
+        mels[f"{stage}-{steps}-{guidance}"] = model.decode(z)
+    for name, mel in mels.items():
+        _, held = wavfile.read(evaluated.out / f"listen/3-{name}.wav")
+        assert np.abs(held / 32767 - quick_vocoder(mel)[0].numpy()).max() < 1e-3        # 16 bits
 
 
 def test_a_fork_has_the_rows_of_its_stages_and_is_told_what_limits_them(evaluated, tmp_path,
@@ -131,20 +121,11 @@ def test_a_fork_has_the_rows_of_its_stages_and_is_told_what_limits_them(evaluate
         assert "were trained on" in text and "floor" in text    # of the data, of the judge
 
 
-def test_a_card_is_that_of_its_stage_holds_no_path_and_goes_to_the_hub(evaluated, tmp_path):
+def test_a_card_is_that_of_its_stage_and_holds_no_path(evaluated):
     card = (evaluated.out / "distill/README.md").read_text(encoding="utf-8")
     assert "/home" not in card and str(evaluated.out) not in card
     assert "stage distill" in card and "steps=1," in card and "clap" not in card
     assert "steps=24," in (evaluated.out / "cfm/README.md").read_text(encoding="utf-8")
-    evaluated.load("distill").save_pretrained(tmp_path / "model")
-    shutil.copy(evaluated.out / "distill/README.md", tmp_path / "model")
-    FlashAudio.from_pretrained(tmp_path / "model").save_pretrained(tmp_path / "pushed")
-    assert "stage distill" in (tmp_path / "pushed/README.md").read_text(encoding="utf-8")
-
-
-def test_a_table_in_markdown_is_aligned():
-    assert evaluate.markdown([["model", "fd"], ["cfm", "12.2"], ["ω = 3", "-"]]) == (
-        "| model | fd   |\n| ----- | ---- |\n| cfm   | 12.2 |\n| ω = 3 | -    |")
 
 
 # ---- Judges ------------------------------------------------------------------------------------
@@ -287,7 +268,6 @@ def assert_page_is_whole(page: Path, clips: int) -> None:
         shape = matplotlib.image.imread(page.parent / picture).shape
         assert shape == (80, len(wav) // fa.HOP, 4)
     assert not re.search(r'(src|href)="[^"]*//', text)      # nothing from elsewhere
-    assert "<b>" not in text and "<script" not in text      # what captions hold is text
 
 
 def test_the_page_escapes_what_it_shows_and_a_clip_keeps_its_name_and_peaks(tmp_path):
@@ -310,13 +290,7 @@ def test_file_names_differ_where_case_does_not_count():
 
 
 def test_the_loss_picture_has_a_panel_for_each_stage_and_bears_torn_lines(tmp_path):
-    lines = []
-    for stage, step in product(("vae", "cfm"), (10, 20, 20, 30)):
-        lines.append(json.dumps({"stage": stage, "step": step, "loss": 1 / step}))
-    lines.append(json.dumps({"stage": "cfm", "step": 30, "loss": 1 / 30, "held_out": 0.05}))
+    lines = [json.dumps({"stage": stage, "step": 10, "loss": 0.1}) for stage in ("vae", "cfm")]
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"stage": "cfm", "st']))
     listen.draw_losses(tmp_path)
-    picture = matplotlib.image.imread(tmp_path / "loss.png")
-    assert picture.shape == (240, 520, 4)
-    dots = (picture[:, :, 0] > 0.9) & (picture[:, :, 2] < 0.2)          # orange
-    assert dots[:, 260:].any() and not dots[:, :260].any()              # the CFM's, none of the VAE
+    assert matplotlib.image.imread(tmp_path / "loss.png").shape == (240, 520, 4)

@@ -28,7 +28,7 @@ from runs.run import STAGES
 from tests.helpers import (ROOT, TINY, exit_code, opened, rng, run, save_text_model, tiny_model,
                            write_clips)
 from tests.test_pretrained import public  # noqa: F401, a fixture
-from tests.test_robustness import QUICK, one_line
+from tests.test_robustness import TYPED, one_line
 
 TOY = fa.SIZES["toy"]
 # Values of their own, so that a flag taken for another is seen
@@ -90,17 +90,11 @@ def wired(tmp_path_factory) -> SimpleNamespace:
         made[list(made)[-1]].calls.append((*given, z1))
         return z1
 
-    def replace_unmapped(source, target, real=os.replace):
-        maps = Path("/proc/self/maps")                  # Windows renames no file that is mapped
-        assert not maps.exists() or str(source) not in maps.read_text()
-        real(source, target)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim, "AdamW", AdamW)
         patch.setattr(train, "Couplings", Couplings)
         patch.setattr(train, "fit", fit)
         patch.setattr(fa, "anchored_sample", anchored_sample)
-        patch.setattr(os, "replace", replace_unmapped)
         data = write_clips(folder / "clips")
         with opened("--data", data, "--out", folder / "out", *FLAGS) as run:
             train.main(run)
@@ -391,7 +385,7 @@ def test_training_from_a_public_checkpoint_ends_in_a_one_step_model(public, tmp_
     flags = ["--init", public / "public.ckpt", "--text", f"{public / 'bert'},{public / 't5'}",
              "--data", write_clips(tmp_path / "clips", 4), "--out", tmp_path / "out"]
     for _ in range(2):                                  # the second time, nothing is left to do
-        assert exit_code("train.py", *flags, *QUICK, "--judge", "") == 0
+        assert exit_code("train.py", *flags, *TYPED, "--judge", "") == 0
     assert not (tmp_path / "out/vae").exists()
     start = FlashAudio.from_pretrained(tmp_path / "out/cfm")
     end = FlashAudio.from_pretrained(tmp_path / "out/distill")
@@ -404,7 +398,7 @@ def test_training_from_a_public_checkpoint_ends_in_a_one_step_model(public, tmp_
 def test_training_with_a_frozen_text_model(tmp_path):
     """Whose tokenizer makes nothing of "": the null context is all padding, and stays so."""
     source = save_text_model("t5", tmp_path / "t5")
-    flags = ["--data", write_clips(tmp_path / "clips", 4), "--out", tmp_path / "out", *QUICK]
+    flags = ["--data", write_clips(tmp_path / "clips", 4), "--out", tmp_path / "out", *TYPED]
     assert exit_code("train.py", *flags, "--text", source) == 0
     pairs = np.load(next((tmp_path / "out/cache").glob("couplings_rf2-*.npy")))
     assert np.isfinite(pairs).all() and pairs[:, 1].any((1, 2)).all()

@@ -28,8 +28,8 @@ from experiments.tables import by_figure, claims_of, kept_row, table_of, write_r
 from runs.run import Run, one_line_errors
 
 RIVALS = {rival.__name__: rival for rival in (Diffusion, Consistency, MeanFlow, Direct, Longer)}
-CHAIN = {"cfm": ("CFM", ((1, 1.0), (24, 1.0), (24, 3.0))),
-         "rf2": ("2-RF", ((1, 1.0), (4, 1.0), (24, 1.0))),
+CHAIN = {"cfm": ("CFM", ((24, 1.0), (24, 3.0))),
+         "rf2": ("2-RF", ((1, 1.0), (4, 1.0))),
          "distill": ("FlashAudio, distilled", ((1, 1.0),))}     # label, steps and ω
 FIGURES = ("fd", "kl", "accuracy", "measured", "straightness", "rtf")
 

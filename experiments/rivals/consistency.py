@@ -61,8 +61,8 @@ class Consistency(Rival):
     label = "consistency"
     cost = TRAINING + 2 + 1             # student, guided teacher, average
     lr = 5e-4
-    tried = ((2e-4, 5e-4), (2.0, 3.0))
-    sampled = ((1, 1.0), (2, 1.0), (4, 1.0))
+    tried = ((5e-4, 1e-3), (2.0, 3.0))
+    sampled = ((1, 1.0), (4, 1.0))
     uses = (consistency_target, estimate)
     density = staticmethod(grid)
     drops_captions = False

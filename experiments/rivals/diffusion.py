@@ -54,9 +54,9 @@ def ddim_sample(model: Velocity, z0: Tensor, context: Tensor, null: Tensor | Non
 class Diffusion(Rival):
     label = "diffusion, DDIM"
     start = "vae"                       # its backbone and text encoder are untrained
-    lr = 7e-4
-    tried = ((7e-4, 1.5e-3, 3e-3), (3.0,))
-    sampled = ((25, 3.0), (25, 1.0), (100, 3.0), (100, 1.0), (200, 3.0), (200, 1.0))
+    lr = 1.5e-3
+    tried = ((3.5e-4, 7e-4, 1.5e-3, 3e-3), (3.0,))
+    sampled = ((25, 3.0), (25, 2.0), (200, 3.0))
     uses = (diffusion_loss, signal_and_noise)
     sampler = staticmethod(ddim_sample)
 

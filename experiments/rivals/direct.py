@@ -18,7 +18,7 @@ COUPLINGS = 0.5             # of stage distill's number: one of these takes five
 class Direct(Rival):
     label = "CFM distilled, no reflow"
     lr = 1.5e-3                         # that of stage distill
-    tried = ((5e-4, 1.5e-3), (3.0,))
+    tried = ((7e-4, 1.5e-3, 3e-3), (3.0,))
     sampled = ((1, 1.0),)
 
     @classmethod
@@ -44,7 +44,7 @@ class Longer(Rival):
     start = "vae"
     lr = 1.5e-3                         # that of stage cfm
     tried = ((7e-4, 1.5e-3, 3e-3), (3.0,))
-    sampled = ((24, 3.0), (24, 2.0), (24, 1.0))
+    sampled = ((24, 3.0), (24, 1.0))
     uses = (fa.rectified_flow_loss,)
 
     @staticmethod

@@ -87,8 +87,8 @@ class MeanFlow(Rival):
     cost = TRAINING + 2 + 1             # with and without caption; u and its derivative for half
     lr = 1.5e-3
     guidance = 2.0                      # in the target
-    tried = ((5e-4, 1.5e-3), (2.0, 3.0))
-    sampled = ((1, 1.0), (2, 1.0), (4, 1.0))
+    tried = ((1.5e-3, 3e-3), (2.0, 3.0))
+    sampled = ((1, 1.0), (4, 1.0))
     uses = (TwoTimes, guided, meanflow_target, weighted)
     density = staticmethod(sorted_times)
     sampler = staticmethod(meanflow_sample)
