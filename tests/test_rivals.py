@@ -195,9 +195,7 @@ def test_a_comparison_trains_within_its_budget_and_goes_on(quick, monkeypatch):
     assert taken["distill"] == ((after - 2 * 2 * 2) // 12, 1.5e-3, ("dit",))
     out = Path(quick.out)
     assert json.loads((out / "rivals.json").read_text())["rows"] == rows and len(rows) == 13
-    assert [row["name"] for row in rows if "straightness" in row["figures"]] == [
-        "CFM, 24, ω = 1", "CFM, 24, ω = 3", "CFM, trained as long, 24, ω = 3"]
-    fds = [row["figures"]["fd"] for row in runner.best_first(rows)]
+    fds = [row["figures"]["fd"] for row in rows]
     assert fds == sorted(fds) and len(set(fds)) > 4
 
     name = next((out / "rows").iterdir())

@@ -31,21 +31,15 @@ RIVALS = {rival.__name__: rival for rival in (Diffusion, Consistency, MeanFlow, 
 CHAIN = {"cfm": ("CFM", ((24, 1.0), (24, 3.0))),
          "rf2": ("2-RF", ((1, 1.0), (4, 1.0))),
          "distill": ("FlashAudio, distilled", ((1, 1.0),))}     # label, steps and ω
-FIGURES = ("fd", "kl", "accuracy", "measured", "straightness", "rtf")
+FIGURES = ("fd", "kl", "accuracy", "measured", "rtf")
 
 
 @torch.no_grad()
 def figures(table: Table, model: fa.FlashAudio, steps: int, guidance: float) -> dict:
     """What a row shows of a model, measured as in the table of train.py."""
-    wav, bend, seconds = table.sample(model, steps, guidance)
+    wav, _, seconds = table.sample(model, steps, guidance)
     found = {**table.judge(wav), "rtf": seconds * fa.SAMPLE_RATE / wav.numel()}
-    if steps == 24:
-        found["straightness"] = bend
     return {figure: found[figure] for figure in FIGURES if figure in found}
-
-
-def row_name(label: str, steps: int, guidance: float) -> str:
-    return f"{label}, {steps}, ω = {guidance:g}"
 
 
 def measure(run: Run, table: Table, label: str, model: fa.FlashAudio, sampled: tuple,
@@ -53,7 +47,8 @@ def measure(run: Run, table: Table, label: str, model: fa.FlashAudio, sampled: t
     """The rows of a model, each sampled with steps and ω; cost: of its training, in forwards."""
     found = []
     for steps, guidance in sampled:
-        row = {"table": "rivals", "name": row_name(label, steps, guidance), "seed": run.flags.seed}
+        name = f"{label}, {steps}, ω = {guidance:g}"
+        row = {"table": "rivals", "name": name, "seed": run.flags.seed}
 
         def measured() -> dict:
             compute = cost / chain_cost(run.flags, "cfm")
@@ -65,7 +60,7 @@ def measure(run: Run, table: Table, label: str, model: fa.FlashAudio, sampled: t
 
 
 def compare(flags: train.Flags, seeds: int) -> list[dict]:
-    """Train and measure everything for every seed -> the rows, also in <out>/rivals.json."""
+    """Train and measure everything for every seed -> the rows, best first, also in rivals.json."""
     out, rows = Path(flags.out), []
     for seed in range(seeds):
         with train.open_run(replace(flags, seed=seed, out=str(out / f"seed{seed}"))) as run:
@@ -77,14 +72,14 @@ def compare(flags: train.Flags, seeds: int) -> list[dict]:
                 rows += measure(run, table, label, run.load(stage), sampled, cost)
             for rival in RIVALS.values():               # all take what FlashAudio takes
                 rows += measure(run, table, rival.label, rival.trained(run), rival.sampled, cost)
+    rows = best_first(rows)
     write_rows(out / "rivals.json", rows, flags)
     return rows
 
 
 def best_first(rows: list[dict]) -> list[dict]:
-    """By their mean fd."""
-    found = by_figure(rows)
-    return sorted(rows, key=lambda row: mean(found["rivals", row["name"], "fd"].values()))
+    fds = by_figure(rows)
+    return sorted(rows, key=lambda row: mean(fds["rivals", row["name"], "fd"].values()))
 
 
 def tune(run: Run, rival: type, share: float) -> None:
@@ -111,9 +106,9 @@ def main(argv: list[str] | None = None) -> None:
         out = str(Path(given.out) / f"seed{given.seed}")
         with train.open_run(replace(flags, seed=given.seed, out=out)) as run:
             return tune(run, RIVALS[given.tune], given.share)
-    rows = best_first(compare(flags, given.seeds))
+    rows = compare(flags, given.seeds)
     print(markdown(table_of(rows, "rivals")), markdown(claims_of(rows)), NOTE, sep="\n\n")
-    print("compute: of training, in CFMs; rtf: text to waveform; straightness: of 24 steps")
+    print("compute: of training, in CFMs; rtf: text to waveform")
 
 
 if __name__ == "__main__":
