@@ -85,7 +85,7 @@ def judge_claims(rows: list[dict]) -> list[dict]:
             gap, error = np.mean(pairs @ (1, -1)), stats.sem(pairs @ (1, -1))
             student = stats.t(len(seeds) - 1)
             judged.append({"claim": claim["claim"], "figure": figure, "of the other": of_other,
-                           "ours": pairs.mean(0), "difference": gap, "seeds": len(seeds),
+                           "ours": pairs.mean(0), "difference": gap, "student": student,
                            "interval": student.isf(0.025) * error,
                            "p": 2 * student.sf(abs(gap) / (error or np.inf)),
                            "paper": claim["paper"] if figure.startswith("fd") else ""})  # FAD
@@ -93,7 +93,7 @@ def judge_claims(rows: list[dict]) -> list[dict]:
         shown = stats.false_discovery_control([claim["p"] for claim in judged]) <= LEVEL
         level = min(LEVEL, LEVEL * (shown.sum() + 1) / len(judged))     # that of one more
         for claim, seen in zip(judged, shown):
-            student = stats.t(claim["seeds"] - 1)
+            student = claim["student"]
             least = claim["interval"] * student.isf(level / 2) / student.isf(0.025)
             claim["verdict"] = verdict_of(claim["difference"], seen, least, claim["paper"])
     return judged
